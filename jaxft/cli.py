@@ -1,0 +1,76 @@
+"""What every binary shares: flags that fail in one paragraph, exit codes, --help on one screen."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from jaxft import config, errors
+
+
+def define_config() -> flags.FlagHolder:
+  """Defines --config=FILE.py[:ARG] and with it --config.a.b=value for every field."""
+  return config_flags.DEFINE_config_file(
+    "config", None, "Config file, such as configs/t5.py or configs/t5.py:t5-base.", lock_config=True
+  )
+
+
+def run(define: Callable[[], Any], main: Callable[[Any], int | None], usage: str) -> None:
+  """Parses the flags that `define()` makes, runs `main(flags)` and exits with its code; `usage` heads the text of --help.
+
+  Flags are made here and not when a binary is imported, so that a notebook can import several.
+  """
+  before = set(flags.FLAGS)
+  made = define()
+  if any(a in ("--help", "-h", "-help") for a in sys.argv[1:]):
+    print(usage.strip() + "\n\nFlags:")
+    for f in sorted((flags.FLAGS[n] for n in set(flags.FLAGS) - before), key=lambda f: f.name):
+      default = f" [{f.default_as_str}]" if f.default not in (None, "", False) else ""
+      print(f"  --{f.name:<15} {f.help}{default}")
+    print("  --config.a.b=value  Any field of the config." if "config" in flags.FLAGS else "")
+    sys.exit(0)
+  app.run(lambda _: errors.run(lambda _: main(made), []), flags_parser=lambda argv: _parse(argv))
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise errors.InputError(f"unexpected words on the command line: {' '.join(rest[1:])}. Flags are --name=value.")
+    return rest
+  except errors.Stop as e:
+    problem = str(e)
+  except flags.Error as e:
+    problem = f"command line: {e}"
+  except FileNotFoundError as e:
+    problem = f"config: {e}"
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    problem = _misspelt(argv) or f"config: {type(e).__name__}: {e}"
+  print(f"\njaxft: {problem}", file=sys.stderr)
+  sys.exit(errors.InputError.code)
+
+
+def _misspelt(argv: list[str]) -> str | None:
+  """Returns what is wrong with the first --config.PATH=... that names no field, or None."""
+  known = dict(config.flatten(config.base()))
+  for word in argv[1:]:
+    found = re.match(r"--?config\.([\w.]+)", word)
+    path = found.group(1) if found else ""
+    if path and path not in known and not any(path.startswith(p + ".") for p in config.FREE):
+      return f"config: there is no {path}{config.suggest(path)}."
+  return None
+
+
+def checked(flag: flags.FlagHolder) -> ConfigDict:
+  """Returns a checked copy of the value of --config; raises InputError when it is missing or does not load."""
+  if flag.value is None:
+    raise errors.InputError("--config=FILE is missing, for example --config=configs/t5.py.")
+  try:
+    c = ConfigDict(flag.value).unlock()
+  except OSError as e:  # ml_collections keeps a failure to load until the first use
+    text = " ".join(str(e).split())
+    raise errors.InputError(text[text.rfind("] ") + 1 :].strip() if "[Errno" in text else text) from e
+  return config.check(c)

@@ -1,0 +1,232 @@
+"""Every option of jaxft, its default and what it means; and the checks that keep a config honest.
+
+A config file returns `base()` with some fields changed. A field that is not here cannot be set, and a field that nobody
+read is an error: `Reader` counts. Nothing below floor 4 sees a config; `jaxft/setup.py` unpacks it into arguments.
+"""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxft.errors import InputError, did_you_mean
+
+# What people who come from other trainers type, and where it lives here.
+OTHER_NAMES = dict(
+  learning_rate="optimizer.lr",
+  lr="optimizer.lr",
+  lr_scheduler_type="optimizer.schedule",
+  weight_decay="optimizer.decay",
+  warmup_steps="optimizer.warmup",
+  warmup_ratio="optimizer.warmup (below 1 it is a share of the steps)",
+  optim="optimizer.name",
+  max_grad_norm="optimizer.clip",
+  num_train_epochs="epochs",
+  max_steps="steps",
+  gradient_accumulation_steps="micro",
+  per_device_train_batch_size="batch (rows over all devices)",
+  label_smoothing_factor="loss.label_smoothing",
+  bf16="model.dtype",
+  model_name_or_path="model.init",
+  dataset_name="data.train (as 'hub:NAME')",
+  train_file="data.train",
+  validation_file="data.validation",
+  output_dir="the flag --workdir",
+  max_source_length="data.lengths.inputs",
+  max_target_length="data.lengths.targets",
+  source_prefix="task.input (write the prefix into the template)",
+  gradient_checkpointing="model.remat",
+  early_stopping_patience="stop.patience",
+  metric_for_best_model="save.best",
+  save_steps="save.every",
+  save_total_limit="save.keep",
+  logging_steps="log.every",
+  generation_num_beams="evals.NAME.beams",
+  generation_max_length="evals.NAME.length",
+)
+
+# One entry of `evals`: `every` that many steps (0: only at the end), with `start` also before the first.
+EVAL = dict(  # `kind` says which of these it reads
+  loss=dict(kind="loss", every=0, start=False, data="", batch=64, limit=0),
+  generate=dict(
+    kind="generate",
+    every=0,
+    start=False,
+    data="",
+    batch=64,
+    limit=0,
+    beams=1,
+    length=0,
+    length_penalty=1.0,
+    metrics=("sacrebleu", "chrf", "exact_match"),
+    samples=8,
+  ),
+)
+
+
+def base() -> ConfigDict:
+  """Returns the whole config with its defaults."""
+  c = ConfigDict()
+  c.seed = 0  # data order, dropout and fresh weights follow from it and from the step alone
+  c.steps = 0  # optimizer steps; 0: as many as `epochs` takes
+  c.epochs = 3.0
+  c.batch = 64  # rows of a step over all devices and micro-batches (a packed row holds several examples)
+  c.micro = 1  # gradient accumulation: parts that a batch is cut into, one after the other
+
+  c.model = _model()
+  c.mesh = dict(data=1, fsdp=-1, tensor=1)  # devices an axis; one -1 takes what is left
+  c.rules = dict(
+    batch=("data", "fsdp"), embed="fsdp", heads="tensor", mlp="tensor", vocab="tensor"
+  )  # logical axis -> mesh axes
+
+  c.task = dict(kind="seq2seq", input="{input}", target="{target}")  # templates over the columns of a row
+
+  c.data = _data()
+  c.loss = dict(label_smoothing=0.0, z_loss=0.0)
+
+  c.optimizer = _optimizer()
+  c.trainable = (
+    (r".*", True),
+  )  # ordered: which parameters are trained; the rest have no gradient and no optimizer state
+
+  c.evals = ConfigDict()  # name -> dict(kind=...); see EVAL above for the fields of a kind
+  c.save = dict(every=500, minutes=15.0, keep=2, best="", mode="min")  # best: a metric such as eval/loss/loss
+  c.stop = dict(
+    metric="", mode="min", patience=0, min_delta=0.0
+  )  # early stopping after `patience` evaluations without gain
+  c.numbers = dict(skip=3)  # non-finite steps skipped in a row before the run ends with exit code 43
+  c.log = dict(every=10, tensorboard=True)
+  c.export = dict(dtype="", shard_gb=5.0)  # Hugging Face folder at the end; dtype empty: as `model.params_dtype`
+  return c
+
+
+def _model() -> ConfigDict:
+  c = ConfigDict()
+  c.init = ""  # folder, Hub id or builtin:NAME with the weights to start from; empty: fresh weights from `model.config`
+  c.config = ConfigDict()  # a config.json for fresh weights (model_type=..., d_model=...), free of the rest's checks
+  c.tokenizer = ""  # folder or Hub id; empty: the one beside the weights
+  c.dtype = "auto"  # of activations: bfloat16, float32; auto: bfloat16 on TPU and GPU, float32 on CPU
+  c.params_dtype = "float32"  # of the master weights
+  c.dropout = config_dict.placeholder(float)  # unset: as in the model's config.json
+  c.remat = "none"  # what the backward pass recomputes: none, block, dots
+  c.unroll = 1  # layers unrolled in each turn of the scan over layers
+  c.resize = False  # let the vocabulary grow to the tokenizer's size
+  return c
+
+
+def _data() -> ConfigDict:
+  c = ConfigDict()
+  c.train = config_dict.FieldReference(
+    "", field_type=object
+  )  # see docs/data.md: path or glob, hub:..., tfds:..., builtin:..., dict of parallel files, weighted list
+  c.validation = config_dict.FieldReference("", field_type=object)
+  c.lengths = dict(inputs=512, targets=128)  # tokens a row, fixed for the whole run
+  c.pack = True  # several examples a row, kept apart by segment ids
+  c.buckets = ()  # without packing: shares of `lengths` to which a batch may be cut, such as (0.25, 0.5, 1.0)
+  c.too_long = "error"  # examples over `lengths`: error (above `too_long_share`, else truncate), truncate, drop
+  c.too_long_share = 0.01
+  c.clean = dict(strip=True, unicode="", min_chars=0, max_chars=0, max_ratio=0.0, dedup=False)  # 0 and "" switch off
+  c.limit = 0  # rows read of the training data; 0: all
+  c.cache = ""  # folder of token caches; empty: $JAXFT_CACHE, else ~/.cache/jaxft
+  c.workers = 0  # processes that tokenise; 0: one a core
+  return c
+
+
+def _optimizer() -> ConfigDict:
+  c = ConfigDict()
+  c.name = "adamw"  # adamw, adafactor, lion, muon
+  c.lr = 1e-3
+  c.schedule = "linear"  # cosine, linear, constant, rsqrt, wsd
+  c.warmup = 0.0  # steps, or below 1 a share of all steps
+  c.cooldown = 0.2  # wsd: the last share of the steps, linear to zero
+  c.end = 0.0  # cosine and linear: last learning rate as a share of `lr`
+  c.clip = 1.0  # global norm of the gradient; 0: none
+  c.b1 = 0.9  # adamw, lion, muon's momentum
+  c.b2 = 0.999  # adamw, lion (0.99 is usual there), adafactor's decay exponent is its own
+  c.eps = 1e-8
+  c.decay = 0.0
+  c.decay_rules = ((r".*(norm|bias|scale).*", 0.0), (r".*", 1.0))  # ordered: first match wins; times `decay`
+  c.lr_rules = ((r".*", 1.0),)  # ordered: times `lr`
+  return c
+
+
+def check(c: ConfigDict) -> ConfigDict:
+  """Returns `c` with the entries of `evals` completed; raises InputError on a key that does not exist."""
+  _unknown(base(), c, "")
+  for name, given in c.evals.items():
+    kind = given.get("kind", None)
+    if kind not in EVAL:
+      raise InputError(
+        f"config: evals.{name}.kind is {kind!r}; the kinds are {', '.join(EVAL)}{did_you_mean(kind, EVAL)}."
+      )
+    _unknown(ConfigDict(EVAL[kind]), given, f"evals.{name}.")
+    c.evals[name] = ConfigDict({**EVAL[kind], **given.to_dict()})
+  return c
+
+
+FREE = ("model.config", "rules", "mesh", "data.lengths", "data.train", "data.validation", "evals", "task")
+
+
+def _unknown(known: ConfigDict, given: ConfigDict, prefix: str) -> None:
+  for key, value in given.items():
+    path = prefix + key
+    if key not in known:
+      raise InputError(f"config: there is no {path}{suggest(path, [prefix + k for k in known])}.")
+    if isinstance(known[key], ConfigDict) and path not in FREE:
+      _unknown(known[key], value, path + ".")
+
+
+def suggest(path: str, known=None) -> str:
+  """Returns where a misspelt or foreign `path` lives here, as " (did you mean ...?)", or an empty string."""
+  leaf = path.split(".")[-1]
+  if leaf in OTHER_NAMES:
+    return f" (did you mean {OTHER_NAMES[leaf]}?)"
+  return did_you_mean(path, known or [p for p, _ in flatten(base())])
+
+
+def flatten(c: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
+  """Returns (dotted path, value) for every leaf."""
+  out = []
+  for key, value in c.items():
+    out += flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) and value else [(prefix + key, value)]
+  return out
+
+
+def differences(c: ConfigDict, other: ConfigDict | None = None) -> dict[str, tuple[Any, Any]]:
+  """Returns {path: (theirs, ours)} where `c` differs from `other` (by default from the defaults)."""
+  ours, theirs = dict(flatten(c)), dict(flatten(base() if other is None else other))
+  return {
+    k: (theirs.get(k), ours.get(k)) for k in sorted({*ours, *theirs}) if _plain(ours.get(k)) != _plain(theirs.get(k))
+  }
+
+
+def _plain(value: Any) -> Any:
+  return json.loads(json.dumps(value, default=lambda v: v.to_dict() if isinstance(v, ConfigDict) else str(v)))
+
+
+def to_json(c: ConfigDict) -> str:
+  return json.dumps(_plain(c), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+  """Reads what `to_json` wrote (tuples come back as lists, which compare equal in `differences`)."""
+  return ConfigDict(json.loads(text))
+
+
+class Reader:
+  """Reads a config and remembers what was read, so that `unread` can name the keys that nobody looked at."""
+
+  def __init__(self, c: ConfigDict, prefix: str = "", seen: set[str] | None = None):
+    self._c, self._prefix, self._seen = c, prefix, set() if seen is None else seen
+
+  def __getattr__(self, key: str) -> Any:
+    path = self._prefix + key
+    value = self._c[key]
+    if isinstance(value, ConfigDict) and path not in FREE:
+      return Reader(value, path + ".", self._seen)
+    self._seen.add(path)
+    return value.to_dict() if isinstance(value, ConfigDict) else value
+
+  def unread(self) -> list[str]:
+    """Returns the paths of the keys that nobody read."""
+    return [p for p, _ in flatten(self._c) if not any(p == s or p.startswith(s + ".") for s in self._seen)]

@@ -1,0 +1,107 @@
+"""Decodes: python -m jaxft.decode --model=FOLDER_OR_RUN --input=in.jsonl --output=out.jsonl --template="German: {en}"
+
+Reads JSON Lines with the template's fields and perhaps an `id` (else the line number), writes {"id", "output"} lines.
+Run again after a kill, it does what is missing; each id is there exactly once. Exit code 3: some rows have an "error"
+in place of an "output".
+"""
+
+import types
+
+from absl import flags
+
+from jaxft import cli, display, observe, runs, setup
+from jaxft.data import sources
+from jaxft.errors import InputError
+from jaxft.infer import batch_decode, options
+from jaxft.infer.generate import Generator
+
+
+def decode(
+  model: str,
+  input: str,
+  output: str,
+  *,
+  template: str = "",
+  checkpoint: str = "best",
+  seed: int = 0,
+  batch: int = 32,
+  inputs_length: int = 1024,
+  too_long: str = "error",
+  dtype: str = "auto",
+  scores: bool = False,
+  overwrite: bool = False,
+  **generation,
+) -> batch_decode.Report:
+  """Decodes every row of `input` with `model` into `output`; `generation` are fields of infer.options.Options (None: not given)."""
+  setup.cluster()
+  m, params, of_run = runs.for_decoding(model, checkpoint, dtype)
+  template = template or of_run or "{input}"
+  how = options.read(m.skeleton.generation, setup.generation_config(m), **runs.answer_length(m, generation))
+  engine = Generator(m.skeleton, m.tokenizer, how, batch=batch, mesh=m.mesh, rules=m.rules)
+  observe.log.info("Decoding %s with %s, template %r, %s.", input, model, template, how)
+  report = batch_decode.decode(
+    engine, params, sources.read(input), output, render=batch_decode.renderer(template, str.strip), seed=seed,
+    inputs_length=inputs_length, too_long=too_long, scores=scores, overwrite=overwrite, progress=display.Bar(),
+    about=dict(model=model, checkpoint=checkpoint, template=template, dtype=m.skeleton.dtype.name))  # fmt: skip
+  observe.log.info(
+    "%d rows in %.1f s (%d done before), %d errors, %d cut by the limit of %d tokens: %s",
+    report.rows, report.seconds, report.resumed, report.errors, report.cut, how.length, output)  # fmt: skip
+  return report
+
+
+def define() -> types.SimpleNamespace:
+  return types.SimpleNamespace(
+    model=flags.DEFINE_string("model", None, "Hugging Face folder, Hub id, or run folder (its best checkpoint)."),
+    input=flags.DEFINE_string("input", None, "JSON Lines file (or csv, tsv, parquet, txt; .gz)."),
+    output=flags.DEFINE_string("output", None, "JSON Lines file to write."),
+    template=flags.DEFINE_string("template", "", "Input text with {fields}; empty: that of the run, else {input}."),
+    checkpoint=flags.DEFINE_string("checkpoint", "best", "Of a run folder: best, latest or a step."),
+    max_new_tokens=flags.DEFINE_integer(
+      "max_new_tokens", None, "Most tokens an answer may have; unset: as the model says, else 256."
+    ),
+    beams=flags.DEFINE_integer("beams", None, "Beams; 1 is greedy."),
+    length_penalty=flags.DEFINE_float("length_penalty", None, "Beam scores are divided by length ** penalty."),
+    temperature=flags.DEFINE_float("temperature", None, "Above 0: sampling."),
+    top_k=flags.DEFINE_integer("top_k", None, "Sampling from the k likeliest tokens."),
+    top_p=flags.DEFINE_float("top_p", None, "Sampling from the likeliest tokens that hold this probability."),
+    samples=flags.DEFINE_integer("samples", None, "Answers a row."),
+    seed=flags.DEFINE_integer("seed", 0, "Of sampling."),
+    batch=flags.DEFINE_integer("batch", 32, "Rows decoded at a time, over all devices."),
+    length=flags.DEFINE_integer("inputs_length", 1024, "Longest input in tokens."),
+    too_long=flags.DEFINE_enum("too_long", "error", ["error", "truncate"], "What becomes of longer inputs."),
+    dtype=flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations and weights."),
+    scores=flags.DEFINE_bool("scores", False, "Write log-probabilities and whether the answer was cut."),
+    overwrite=flags.DEFINE_bool("overwrite", False, "Replace an existing output."),
+  )
+
+
+def main(f: types.SimpleNamespace) -> int:
+  if not (f.model.value and f.input.value and f.output.value):
+    raise InputError("--model, --input and --output are needed; see --help.")
+  observe.setup_logging(None)
+  observe.compile_cache()
+  return decode(
+    f.model.value,
+    f.input.value,
+    f.output.value,
+    template=f.template.value,
+    checkpoint=f.checkpoint.value,
+    seed=f.seed.value,
+    batch=f.batch.value,
+    inputs_length=f.length.value,
+    too_long=f.too_long.value,
+    dtype=f.dtype.value,
+    scores=f.scores.value,
+    overwrite=f.overwrite.value,
+    length=f.max_new_tokens.value,
+    beams=f.beams.value,
+    length_penalty=f.length_penalty.value,
+    temperature=f.temperature.value,
+    top_k=f.top_k.value,
+    top_p=f.top_p.value,
+    samples=f.samples.value,
+  ).code
+
+
+if __name__ == "__main__":
+  cli.run(define, main, __doc__)

@@ -1,0 +1,172 @@
+"""Evaluators: what the loop and the evaluation binary run on weights. Each has `name`, `every` and run(params, step) -> values.
+
+The values do not depend on the batch size, on padding or on the number of hosts: sums over all tokens, one division.
+"""
+
+import json
+import logging
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import sharding
+from jaxft.errors import InputError, StorageError
+from jaxft.eval import metrics
+from jaxft.infer.generate import Answer, Generator
+
+log = logging.getLogger("jaxft")
+
+
+def whole_batch(batch: int, mesh: jax.sharding.Mesh, rules: Mapping[str, Any]) -> int:
+  """Returns `batch` rounded up to rows that divide over the mesh; the rows too many are empty and weigh nothing."""
+  ways = math.prod(mesh.shape[a] for a in sharding.mesh_axes(mesh, rules, "batch"))
+  return -(-batch // ways) * ways
+
+
+class LossEvaluator:
+  """Cross-entropy of the targets: loss (nats a token), perplexity, accuracy, tokens."""
+
+  start = False  # whether the loop also runs it before the first step
+
+  def __init__(
+    self,
+    name: str,
+    every: int,
+    *,
+    skeleton,
+    batches,
+    loss_fn: Callable,
+    mesh: jax.sharding.Mesh,
+    rules: Mapping[str, Any],
+  ):
+    """`batches` is one pass without shuffling, its size from `whole_batch`; loss_fn(model, batch, key) -> (loss, weight, sums).
+
+    The sums have "nll" (plain cross-entropy) and "correct", as those of train.losses.
+    """
+    self.name, self.every = name, every
+    self._skeleton, self._batches, self._loss_fn, self._mesh, self._rules = skeleton, batches, loss_fn, mesh, rules
+    self._rows = sharding.batch_sharding(mesh, rules)
+    self._step = jax.jit(self._sums, out_shardings=sharding.replicated(mesh))
+
+  def _sums(self, params, batch):
+    _, weight, sums = self._loss_fn(self._skeleton.bind(params), batch, None)
+    return dict(nll=sums["nll"], correct=sums["correct"], weight=weight)
+
+  def run(self, params, step: int) -> dict[str, float]:
+    """Returns the values for `params`; `step` only names them. Raises InputError where no token is supervised."""
+    del step
+    host, hosts = sharding.feed(self._rows, self._batches.batch)
+    sums = []
+    with sharding.use(self._mesh, self._rules):
+      for i in range(self._batches.steps(1)):
+        rows = self._batches.host_batch(i, host, hosts)
+        sums.append(self._step(params, sharding.put_batch(rows, self._rows, self._batches.batch)))
+        if i >= 2:  # at most three batches wait on the devices
+          sums[i - 2] = jax.device_get(sums[i - 2])
+    # float64 on the host from here: a float32 running sum stops counting single tokens at 2**24.
+    total = {k: math.fsum(float(s[k]) for s in jax.device_get(sums)) for k in ("nll", "correct", "weight")}
+    if not total["weight"] > 0:
+      raise InputError(
+        f"eval/{self.name}: not one supervised token in {self._batches.steps(1)} batches; is the evaluation data empty?"
+      )
+    loss = total["nll"] / total["weight"]
+    return dict(
+      loss=loss,
+      perplexity=metrics.perplexity(loss),
+      accuracy=total["correct"] / total["weight"],
+      tokens=total["weight"],
+    )
+
+
+def answer_length(store, margin: float = 0.25) -> int:
+  """Returns a limit of new tokens from the references of `store`: the longest, a quarter more, at least 8 more.
+
+  A fixed small limit makes metrics those of stubs (transformers' default is 20 tokens).
+  """
+  longest = int(store.lengths["targets"].max())
+  length = -(-(longest + max(8, int(longest * margin))) // 8) * 8
+  log.info("generation: at most %d new tokens, from the longest reference (%d tokens) and a margin", length, longest)
+  return length
+
+
+class GenerateEvaluator:
+  """Generates for every example and scores the text: the asked metrics, and
+
+  limit_share (share of outputs that were stopped by the length limit and not by the end token), output_tokens (mean length).
+  """
+
+  start = False  # whether the loop also runs it before the first step
+
+  def __init__(
+    self,
+    name: str,
+    every: int,
+    *,
+    generator: Generator,
+    store,
+    names: Sequence[str],
+    samples: int,
+    folder: pathlib.Path | None,
+  ):
+    """`store` has tokens("inputs", i), texts(i) -> (input, reference); `samples` rows go to folder/NAME-STEP.jsonl."""
+    self.name, self.every = name, every
+    self._generator, self._store, self._samples, self._folder = generator, store, samples, folder
+    self._names = metrics.expand(names)
+    self.signatures: dict[str, str] = {}  # of the last run
+    if len(store) == 0:
+      raise InputError(f"eval/{name}: the evaluation data has no rows.")
+
+  def run(self, params, step: int) -> dict[str, float]:
+    """Returns the values for `params`; writes the samples, named after `step`."""
+    rows = [self._store.tokens("inputs", i) for i in range(len(self._store))]
+    answers = self._generator.tokens(params, rows)
+    references = [self._store.texts(i)[1] for i in range(len(self._store))]
+    outputs = [a.texts[0] for a in answers]
+    values, signatures = metrics.compute(self._names, outputs, references)
+    if signatures != self.signatures:
+      log.info("eval/%s: %s", self.name, "; ".join(f"{k} is {v}" for k, v in signatures.items()))
+      self.signatures = signatures
+    values["limit_share"] = sum(a.cut[0] for a in answers) / len(answers)
+    values["output_tokens"] = float(np.mean([a.lengths[0] for a in answers]))
+    if values["limit_share"] > 0.05:
+      log.warning(
+        "eval/%s: %.0f%% of the outputs were stopped by the limit of %d tokens",
+        self.name,
+        100 * values["limit_share"],
+        self._generator.options.length,
+      )
+    if self._folder is not None and self._samples > 0 and jax.process_index() == 0:
+      self._write(step, answers)
+    return values
+
+  def _write(self, step: int, answers: list[Answer]) -> None:
+    """Writes rows spread evenly over the data, the same ones each time."""
+    chosen = np.unique(np.linspace(0, len(answers) - 1, min(self._samples, len(answers))).round().astype(int))
+    lines = []
+    for i in chosen.tolist():
+      text, reference = self._store.texts(i)
+      lines.append(
+        json.dumps(
+          dict(
+            id=i,
+            input=text,
+            reference=reference,
+            output=answers[i].texts[0],
+            score=answers[i].scores[0],
+            cut=answers[i].cut[0],
+          ),
+          ensure_ascii=False,
+        )
+      )
+    path = self._folder / f"{self.name}-{step}.jsonl"
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+    except OSError as e:
+      raise StorageError(
+        f"eval/{self.name}: the samples {path} cannot be written: {e}. Make room or check who may write."
+      ) from e

@@ -1,0 +1,117 @@
+"""Evaluates: python -m jaxft.evaluate --config=configs/t5.py --workdir=runs/t5 [--checkpoint=best|latest|STEP]
+           python -m jaxft.evaluate --config=configs/t5.py --model=FOLDER_OR_HUB_ID     a model as it is, before training
+
+Runs the evaluations of the config (with --workdir and no --config: those of the run), prints a table, writes samples.
+--watch follows a run and evaluates each new checkpoint once, until the run has ended.
+"""
+
+import json
+import pathlib
+import time
+import types
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from jaxft import cli, config, display, observe, runs, setup
+from jaxft.errors import InputError, StorageError
+
+SECONDS = 10.0  # between two looks at a run that is followed
+
+
+def evaluate(
+  c: ConfigDict | None, *, folder: str = "", model: str = "", which: str = "best", output: str = ""
+) -> dict[str, float]:
+  """Evaluates checkpoint `which` of the run in `folder`, or `model`; returns {"eval/NAME/METRIC": value}.
+
+  `c` None: the config of the run. Its evaluations need not be those of training.
+  """
+  if model:
+    if c is None:
+      raise InputError("--model needs --config, which says what to evaluate on.")
+    c = config.check(ConfigDict(c))
+    c.model.init, c.model.config, c.model.tokenizer = model, ConfigDict(), ""
+    reader = config.Reader(c)
+    m = setup.model(reader)
+    return _run(reader, m, setup.load(m, c.seed), 0, pathlib.Path(output) if output else None, model)
+  reader, m, checkpointer = _open(c, folder)
+  step = runs.pick(checkpointer, which)
+  return _run(
+    reader, m, runs.weights(m, checkpointer, step), step, pathlib.Path(output or folder), f"{folder} step {step}"
+  )
+
+
+def watch(c: ConfigDict | None, *, folder: str, output: str = "") -> None:
+  """Evaluates each checkpoint of the run in `folder` once, as it appears, until the run has ended; restarts where it was."""
+  while not (pathlib.Path(folder) / setup.MODEL / "config.json").exists():
+    observe.log.info("Waiting for %s to become a run folder.", folder)
+    time.sleep(SECONDS)
+  reader, m, checkpointer = _open(c, folder)
+  target = pathlib.Path(output or folder)
+  log = target / "eval.jsonl"
+  done = {json.loads(line)["step"] for line in log.read_text().splitlines()} if log.exists() else set()
+  while True:
+    ended = (pathlib.Path(folder) / setup.DONE).exists()  # asked before the steps, so that the last one is not missed
+    for step in [s for s in checkpointer.steps() if s not in done]:
+      try:
+        params = runs.weights(m, checkpointer, step)
+      except (InputError, StorageError) as e:  # the run may remove an old checkpoint while it is read
+        if step in checkpointer.steps():
+          raise
+        observe.log.info("Step %d went away while it was read (%s).", step, type(e).__name__)
+        continue
+      _run(reader, m, params, step, target, f"{folder} step {step}")
+      done.add(step)
+    if ended:
+      return
+    time.sleep(SECONDS)
+
+
+def _open(c: ConfigDict | None, folder: str):
+  if not folder:
+    raise InputError("--workdir=RUN or --model=FOLDER_OR_HUB_ID is missing.")
+  reader, m, checkpointer = runs.run(folder)
+  return (config.Reader(config.check(ConfigDict(c))) if c is not None else reader), m, checkpointer
+
+
+def _run(c, m, params, step: int, target: pathlib.Path | None, name: str) -> dict[str, float]:
+  evaluators = setup.evaluators_of(c, m, target)
+  if not evaluators:
+    raise InputError("config: evals is empty; add for example c.evals = dict(loss=dict(kind='loss')).")
+  values = {f"eval/{e.name}/{k}": v for e in evaluators for k, v in e.run(params, step).items()}
+  if target and jax.process_index() == 0:
+    target.mkdir(parents=True, exist_ok=True)
+    with open(target / "eval.jsonl", "a", encoding="utf-8") as f:
+      f.write(json.dumps(dict(step=step, model=name, **values)) + "\n")
+  observe.log.info("%s", display.table(f"Evaluation of {name}", ("metric", "value"), values.items()))
+  return values
+
+
+def define() -> types.SimpleNamespace:
+  return types.SimpleNamespace(
+    config=cli.define_config(),
+    workdir=flags.DEFINE_string("workdir", "", "Folder of a run."),
+    model=flags.DEFINE_string("model", "", "Folder or Hub id of a model, in place of a run."),
+    checkpoint=flags.DEFINE_string("checkpoint", "best", "best, latest or a step."),
+    watch=flags.DEFINE_bool("watch", False, "Follow the run: evaluate each new checkpoint once."),
+    output=flags.DEFINE_string(
+      "output", "", "Folder of the samples and of eval.jsonl; empty: the run folder, or none for --model."
+    ),
+  )
+
+
+def main(f: types.SimpleNamespace) -> int:
+  setup.cluster()
+  observe.setup_logging(None)
+  observe.compile_cache()
+  c = cli.checked(f.config) if f.config.value is not None else None
+  if f.watch.value:
+    watch(c, folder=f.workdir.value, output=f.output.value)
+  else:
+    evaluate(c, folder=f.workdir.value, model=f.model.value, which=f.checkpoint.value, output=f.output.value)
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(define, main, __doc__)

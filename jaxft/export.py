@@ -1,0 +1,70 @@
+"""Exports a run as a Hugging Face folder: python -m jaxft.export --workdir=runs/t5 --output=t5-finetuned [--checkpoint=best]
+
+The folder loads with transformers' from_pretrained. What was written is read again, and the largest difference is printed.
+"""
+
+import pathlib
+import types
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from jaxft import cli, hub, observe, runs, setup
+from jaxft.errors import InputError, NumbersError
+
+
+def write(m: setup.Model, params: Any, folder: pathlib.Path, *, dtype: str, shard_gb: float) -> float:
+  """Writes `params` as a model folder, reads it again and returns the largest absolute difference."""
+  hub.save(
+    folder,
+    m.skeleton.rules,
+    params,
+    m.skeleton.json,
+    dtype=dtype,
+    shard_gb=shard_gb,
+    generation_config=setup.generation_config(m),
+    tokenizer_from=m.tokens_folder,
+  )
+  difference = hub.verify(folder, m.skeleton.rules, params)
+  same = dtype == np.dtype(jax.tree.leaves(params)[0].dtype).name
+  if not np.isfinite(difference) or (same and difference > 0):
+    raise NumbersError(
+      f"export: {folder} read again differs from the weights in memory by {difference}; it must not be used."
+    )
+  observe.log.info("Exported to %s as %s; read again, the largest difference is %g.", folder, dtype, difference)
+  return difference
+
+
+def export(folder: str, output: str, which: str, dtype: str) -> float:
+  """Writes checkpoint `which` of the run in `folder` to `output`; returns the largest difference on reading it again."""
+  c, m, checkpointer = runs.run(folder)
+  target = pathlib.Path(output)
+  if target.exists() and any(target.iterdir()):
+    raise InputError(f"--output={output} exists and is not empty; give another folder or remove it.")
+  step = runs.pick(checkpointer, which)
+  how = setup.export_options(c)
+  observe.log.info("Exporting step %d of %s.", step, folder)
+  return write(m, runs.weights(m, checkpointer, step), target, **{**how, "dtype": dtype or how["dtype"]})
+
+
+def define() -> types.SimpleNamespace:
+  return types.SimpleNamespace(
+    workdir=flags.DEFINE_string("workdir", None, "Folder of the run."),
+    output=flags.DEFINE_string("output", None, "Folder to write; must not exist yet, or be empty."),
+    checkpoint=flags.DEFINE_string("checkpoint", "best", "best, latest or a step."),
+    dtype=flags.DEFINE_string("dtype", "", "float32, bfloat16 or float16; empty: as the run's config says."),
+  )
+
+
+def main(f: types.SimpleNamespace) -> int:
+  if not f.workdir.value or not f.output.value:
+    raise InputError("--workdir=RUN and --output=FOLDER are needed.")
+  observe.setup_logging(None)
+  export(f.workdir.value, f.output.value, f.checkpoint.value, f.dtype.value)
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(define, main, __doc__)

@@ -1,0 +1,215 @@
+"""Batch decode: JSON Lines in, JSON Lines out, each id exactly once, whatever was killed in between.
+
+While it runs, finished rows are appended to OUTPUT.parts/part.jsonl (synced to disk a batch at a time) beside a manifest of
+everything that decides the outputs; at the end one file in the order of the input appears under its final name at once.
+With several hosts each computes its share of every batch, and process 0 alone writes: no shared file system is needed for
+the output, and the number of hosts may change between restarts.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.data import tasks
+from jaxft.errors import InputError
+from jaxft.infer import parts
+from jaxft.infer.generate import Answer, Generator
+
+log = logging.getLogger("jaxft")
+
+PARTIAL = 3  # exit code: every id is in the output, but some have an "error" in place of an "output"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """How a batch decode went; counts are of rows."""
+
+  rows: int
+  resumed: int  # already there from an earlier run that was stopped
+  errors: int
+  cut: int  # stopped by the length limit and not by an end token (of this run)
+  seconds: float  # of this run, compilation included
+
+  @property
+  def code(self) -> int:
+    """Exit code: 0, or 3 where some rows have an error record."""
+    return PARTIAL if self.errors else 0
+
+
+def decode(
+  generator: Generator,
+  params,
+  rows: Iterable[Mapping[str, Any]],
+  output: str | os.PathLike,
+  *,
+  render: Callable[[Mapping[str, Any]], str],
+  about: Mapping[str, Any],
+  seed: int = 0,
+  inputs_length: int = 0,
+  too_long: str = "error",
+  scores: bool = False,
+  overwrite: bool = False,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+  """Generates for every row and writes {"id", "output"} lines (lists where `samples` > 1; with `scores` also "score" and "cut").
+
+  `rows` carry an `id` (string or whole number, all or none of them; none: the line number from 1) and what `render` needs;
+  a row that `render` refuses (InputError) or, with too_long="error", has more than `inputs_length` tokens (0: no limit) gets
+  {"id", "error"}. `about` holds what else decides the outputs (model, template, dtype): a restart with anything changed is
+  an InputError that shows the difference. `progress(done, total)` is called after each batch. Raises InputError for
+  duplicate ids and for an output that exists (unless `overwrite`), before anything is decoded.
+  """
+  begun = time.monotonic()
+  if too_long not in ("error", "truncate"):
+    raise InputError(f"decode: too_long is {too_long!r}; it is 'error' or 'truncate'.")
+  ids, texts, errors = _render(rows, render)
+  tokens = _tokenise(generator, texts, errors, inputs_length, too_long)
+  manifest = dict(about) | _manifest(generator, params, ids, texts, errors, seed, inputs_length, too_long, scores)
+  with contextlib.closing(parts.open_output(pathlib.Path(output), ids, manifest, overwrite)) as writer:
+    done = writer.done
+    resumed, total, cut = int(done.sum()), len(ids), 0
+    writer.write([dict(id=ids[i], error=text) for i, text in errors.items() if not done[i]])
+    todo = [i for i in range(total) if not done[i] and i not in errors]
+    count = total - len(todo)
+    progress(count, total)
+    for positions, answers in generator.stream(
+      params, [tokens[i] for i in todo], seed=seed, ids=[ids[i] for i in todo]
+    ):
+      writer.write([_record(ids[todo[p]], a, scores) for p, a in zip(positions, answers)])
+      cut += sum(any(a.cut) for a in answers)
+      count += len(positions)
+      progress(count, total)
+    writer.finish()
+  return Report(total, resumed, len(errors), cut, time.monotonic() - begun)
+
+
+def renderer(template: str | tuple[str, ...], fix: Callable[[str], str]) -> Callable[[Mapping[str, Any]], str]:
+  """Returns the `render` of a template (data/tasks.py): a null is empty text, `fix` acts on every field, as in training."""
+
+  def render(row: Mapping[str, Any]) -> str:
+    parts, where = [], getattr(row, "where", "this row")
+    for part in (template,) if isinstance(template, str) else template:
+      values = [
+        (text, tasks.look_up(row, field, "input", where) if field else "", field) for text, field in tasks.parse(part)
+      ]
+      fixed = [(text, fix("" if v is None else str(v))) for text, v, _ in values]
+      if isinstance(template, str) or any(v for _, v in fixed) or not any(field for _, _, field in values):
+        parts.append("".join(text + v for text, v in fixed))
+    return "\n\n".join(parts)
+
+  return render
+
+
+def _render(rows, render) -> tuple[list, list[str], dict[int, str]]:
+  """Returns (ids, texts, {position: why there is no text}); raises InputError for bad ids and where no row has a text."""
+  ids, texts, errors, named = [], [], {}, 0
+  for i, row in enumerate(rows):
+    named += "id" in row
+    if named not in (0, i + 1):
+      raise InputError(
+        f"decode: row {i + 1} has {'an' if 'id' in row else 'no'} id, those before it have "
+        f"{'none' if 'id' in row else 'one'}. Give every row an id, or none: then it is the line number."
+      )
+    ids.append(row["id"] if named else i + 1)
+    if named and (isinstance(ids[i], bool) or not isinstance(ids[i], (str, int))):
+      raise InputError(f"decode: row {i + 1}: the id {ids[i]!r} is neither a string nor a whole number.")
+    try:
+      texts.append(render(row))
+    except InputError as e:
+      texts.append("")
+      errors[i] = str(e)
+  twice = [i for i, n in collections.Counter(map(str, ids)).items() if n > 1]
+  if twice:
+    lines = [i + 1 for i, x in enumerate(ids) if str(x) == twice[0]]
+    raise InputError(
+      f"decode: {len(twice)} ids occur more than once, such as {twice[0]!r} in rows {lines[:5]}. Ids name the "
+      "outputs: make them unique, or leave them out everywhere to use line numbers."
+    )
+  if not ids:
+    raise InputError("decode: the input has no rows.")
+  if len(errors) == len(ids):
+    raise InputError(f"decode: not one of {len(ids)} rows fits the template. The first: {errors[0]}")
+  return ids, texts, errors
+
+
+def _tokenise(
+  generator: Generator, texts: list[str], errors: dict[int, str], limit: int, too_long: str
+) -> list[np.ndarray]:
+  """Returns i32 tokens a row; adds to `errors` the rows that are too long or empty. A cut row keeps its last (end) token."""
+  out: list[np.ndarray] = []
+  for begin in range(0, len(texts), 4096):
+    out += [np.asarray(t, np.int32) for t in generator.tokenizer.encode(texts[begin : begin + 4096])]
+  for i, row in enumerate(out):
+    if i in errors:
+      continue
+    if len(row) == 0:
+      errors[i] = "the input has no tokens"
+    elif limit and len(row) > limit and too_long == "truncate":
+      out[i] = np.concatenate([row[: limit - 1], row[-1:]])
+    elif limit and len(row) > limit:
+      errors[i] = f"the input has {len(row)} tokens, the limit is {limit}"
+  return out
+
+
+def _record(name: Any, answer: Answer, scores: bool) -> dict:
+  one = (lambda x: x[0]) if len(answer.texts) == 1 else list
+  record = dict(id=name, output=one(answer.texts))
+  if scores:
+    finite = [s if np.isfinite(s) else None for s in answer.scores]
+    record |= dict(score=one(finite), cut=one(answer.cut))
+  return record
+
+
+# ---- what decides the outputs
+
+
+def _manifest(
+  generator: Generator, params, ids, texts, errors, seed, inputs_length, too_long, scores
+) -> dict[str, Any]:
+  digest = hashlib.blake2b(digest_size=16)
+  for i, (name, text) in enumerate(zip(ids, texts)):
+    digest.update(json.dumps([name, text, i in errors]).encode())
+  options = {f"options.{k}": v for k, v in dataclasses.asdict(generator.options).items()}
+  if generator.options.temperature > 0:
+    options["seed"] = seed
+  return options | dict(
+    input=digest.hexdigest(),
+    rows=len(ids),
+    weights=checksum(params),
+    inputs_length=inputs_length,
+    too_long=too_long,
+    scores=scores,
+    tokenizer=generator.tokenizer.fingerprint,
+  )
+
+
+def checksum(params) -> str:
+  """Returns a name for the exact values of a tree of arrays: whole-number sums, so the same under any sharding."""
+  leaves, treedef = jax.tree.flatten(params)
+  sums = jax.jit(lambda xs: jnp.stack([_sum(x) for x in xs]))(leaves)
+  shapes = [(x.shape, str(x.dtype)) for x in leaves]
+  return hashlib.blake2b(f"{treedef}{shapes}{np.asarray(sums).tolist()}".encode(), digest_size=16).hexdigest()
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+  place = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+  mixed = (bits + place * jnp.uint32(0x9E3779B1)) * jnp.uint32(0x85EBCA6B)
+  return jnp.sum((mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35), dtype=jnp.uint32)
+
+
+# ---- the output

@@ -1,0 +1,220 @@
+"""Greedy search, sampling and beam search on the cache protocol, and the engine that runs them over many rows.
+
+A model has `start(inputs_BT, segments_BT, beams, length) -> cache`, `step(tokens_BK, cache) -> (f32 logits [B,K,V], cache)` and
+`reorder(cache, parents_BK) -> cache`. Each (rows, input length) is compiled once: the whole generation is one program.
+
+Shapes: B rows, T input length, K sequences a row that run, R sequences a row that are returned, V vocabulary, L most new tokens.
+"""
+
+import collections
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import sharding
+from jaxft.errors import InputError, NumbersError
+from jaxft.infer import beam, sampling
+from jaxft.infer.options import Options
+
+
+class Generated(NamedTuple):
+  tokens_BRL: jax.Array  # i32, best first; the end token is included, `pad` follows it
+  scores_BR: jax.Array  # f32, sum of log-probabilities / length ** length_penalty
+  lengths_BR: jax.Array  # i32, tokens with the end token
+  cut_BR: jax.Array  # bool, stopped by the length limit and not by an end token
+
+
+def generate(model, inputs_BT: jax.Array, segments_BT: jax.Array, keys_B2: jax.Array, o: Options) -> Generated:
+  """Generates from i32 inputs and segments (0 is padding); traceable, static in `o`; u32 keys from `sampling.row_keys`.
+
+  Rows whose segments are all 0 fill the batch: they are never waited for and hold nothing. Scores of greedy search and
+  sampling are those of the model itself, before temperature, top-k, top-p and constraints; those of beams are after the
+  constraints, as in transformers. Where transformers pads ended beams with the end token (its `pad_token_id or
+  eos_token_id` takes a pad id of 0 for "none"), this pads with `pad`.
+  """
+  valid_B = jnp.any(segments_BT > 0, axis=1)
+  cache = model.start(inputs_BT, segments_BT, beams=o.width, length=o.length)
+  if o.beams > 1:
+    tokens_BKL, scores_BK = beam.search(model, cache, valid_B, o)
+    tokens_BRL, scores_BR = tokens_BKL[:, : o.samples], scores_BK[:, : o.samples]
+  else:
+    tokens_BRL, scores_BR = _one_by_one(model, cache, valid_B, keys_B2, o)
+  ends_BRL = jnp.isin(tokens_BRL, np.asarray(o.eos, np.int32))
+  ended_BR = jnp.any(ends_BRL, axis=-1)
+  lengths_BR = jnp.where(ended_BR, jnp.argmax(ends_BRL, axis=-1) + 1, o.length).astype(jnp.int32)
+  tokens_BRL = jnp.where(jnp.arange(o.length) < lengths_BR[..., None], tokens_BRL, o.pad)
+  cut_BR = (lengths_BR == o.length) if o.forced_eos else ~ended_BR
+  return Generated(tokens_BRL, scores_BR, lengths_BR, cut_BR)
+
+
+class _State(NamedTuple):
+  n: jax.Array  # i32[] tokens generated
+  last_BK: jax.Array
+  tokens_BKL: jax.Array
+  scores_BK: jax.Array  # f32 sums of log-probabilities
+  done_BK: jax.Array
+  cache: Any
+
+
+def _one_by_one(model, cache: Any, valid_B: jax.Array, keys_B2: jax.Array, o: Options) -> tuple[jax.Array, jax.Array]:
+  B, K, L = valid_B.shape[0], o.width, o.length
+  ends = np.asarray(o.eos, np.int32)
+
+  def step(s: _State) -> _State:
+    raw_BKV, cache = model.step(s.last_BK, s.cache)
+    logits_BKV = sampling.constrain(raw_BKV, s.tokens_BKL, s.n, o)
+    if o.temperature > 0:
+      token_BK = sampling.draw(sampling.warp(logits_BKV, o), keys_B2, s.n)
+    else:
+      token_BK = jnp.argmax(logits_BKV, axis=-1).astype(jnp.int32)
+    raw_BK = jnp.take_along_axis(raw_BKV, token_BK[..., None], axis=-1)[..., 0]
+    logp_BK = raw_BK - jax.nn.logsumexp(raw_BKV, axis=-1)
+    token_BK = jnp.where(s.done_BK, o.pad, token_BK)
+    return _State(
+      n=s.n + 1,
+      last_BK=token_BK,
+      tokens_BKL=jax.lax.dynamic_update_index_in_dim(s.tokens_BKL, token_BK, s.n, axis=2),
+      scores_BK=s.scores_BK + jnp.where(s.done_BK, 0.0, logp_BK),
+      done_BK=s.done_BK | jnp.isin(token_BK, ends),
+      cache=cache,
+    )
+
+  first = _State(
+    n=jnp.int32(0),
+    last_BK=jnp.full((B, K), o.start, jnp.int32),
+    tokens_BKL=jnp.full((B, K, L), o.pad, jnp.int32),
+    scores_BK=jnp.zeros((B, K), jnp.float32),
+    done_BK=jnp.broadcast_to(~valid_B[:, None], (B, K)),
+    cache=cache,
+  )
+  s = jax.lax.while_loop(lambda s: (s.n < L) & ~jnp.all(s.done_BK), step, first)
+  ends_BKL = jnp.isin(s.tokens_BKL, ends)
+  length_BK = jnp.where(jnp.any(ends_BKL, axis=-1), jnp.argmax(ends_BKL, axis=-1) + 1, L).astype(jnp.float32)
+  return s.tokens_BKL, s.scores_BK / length_BK**o.length_penalty
+
+
+class Answer(NamedTuple):
+  """What was generated for one row: `samples` entries in each list, best first."""
+
+  texts: list[str]
+  scores: list[float]
+  lengths: list[int]  # tokens, with the end token
+  cut: list[bool]  # stopped by the length limit
+
+
+def bucket(n: int) -> int:
+  """Returns the smallest of 16, 24, 32, 48, 64, 96, ... that is at least n: at most a third of a row is padding above 16."""
+  size = 16
+  while size < n:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+  return size
+
+
+class Generator:
+  """Generates for lists of rows: sorted by length, in batches of one compiled shape a length bucket.
+
+  One batch computes while the one before it is turned into text. With several hosts every host makes the same calls with
+  the same rows, computes its share of each batch (rows lie along the mesh's batch axes), and gets all answers.
+  """
+
+  def __init__(
+    self,
+    skeleton,
+    tokenizer,
+    options: Options,
+    *,
+    batch: int,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: dict | None = None,
+  ):
+    """`batch` counts rows over all devices and is rounded up to what the mesh's batch axes need; without `mesh`, one device."""
+    self.skeleton, self.tokenizer, self.options = skeleton, tokenizer, options
+    self._mesh, self._rules = mesh, rules
+    self._rows = sharding.batch_sharding(mesh, rules) if mesh is not None else None
+    self._shards = math.prod(mesh.shape[a] for a in sharding.mesh_axes(mesh, rules, "batch")) if mesh is not None else 1
+    self._batch = -(-batch // self._shards) * self._shards
+    self._jitted = jax.jit(self._traced, out_shardings=sharding.replicated(mesh) if mesh is not None else None)
+
+  def _traced(self, params, inputs_BT, segments_BT, keys_B2) -> Generated:
+    return generate(self.skeleton.bind(params), inputs_BT, segments_BT, keys_B2, self.options)
+
+  def texts(self, params, texts: Sequence[str], *, seed: int = 0, ids: Sequence[object] | None = None) -> list[Answer]:
+    """Returns one Answer a text, in order. `ids` (default: positions) and `seed` decide the noise of sampling."""
+    return self.tokens(params, self.tokenizer.encode(list(texts)), seed=seed, ids=ids)
+
+  def tokens(
+    self, params, rows: Sequence[Sequence[int]], *, seed: int = 0, ids: Sequence[object] | None = None
+  ) -> list[Answer]:
+    """As `texts`, for rows that are token ids already."""
+    answers: list = [None] * len(rows)
+    for positions, batch in self.stream(params, rows, seed=seed, ids=ids):
+      for p, answer in zip(positions, batch):
+        answers[p] = answer
+    return answers
+
+  def stream(
+    self, params, rows: Sequence[Sequence[int]], *, seed: int = 0, ids: Sequence[object] | None = None
+  ) -> Iterator[tuple[list[int], list[Answer]]]:
+    """Yields (positions in `rows`, their Answers) a batch, longest rows first, so that running out of memory shows at once."""
+    ids = range(len(rows)) if ids is None else ids
+    lengths = np.fromiter((len(r) for r in rows), np.int64, len(rows))
+    if len(rows) and lengths.min() == 0:
+      raise InputError(f"generation: input {ids[int(lengths.argmin())]!r} has no tokens at all; leave it out.")
+    largest, vocab = np.fromiter((max(r) for r in rows), np.int64, len(rows)), self.skeleton.generation["vocab"]
+    if (largest >= vocab).any():
+      raise InputError(
+        f"generation: input {ids[int(largest.argmax())]!r} has the token id {largest.max()}, but the model's vocabulary "
+        f"has {vocab} entries: this is the tokenizer of another model."
+      )
+    order = np.argsort(-lengths, kind="stable")
+    size = min(self._batch, -(-max(len(rows), 1) // self._shards) * self._shards)
+    waiting: collections.deque = collections.deque()
+    for begin in range(0, len(rows), size):
+      positions = order[begin : begin + size].tolist()
+      waiting.append(
+        (positions, self._dispatch(params, [rows[p] for p in positions], [ids[p] for p in positions], seed, size))
+      )
+      if len(waiting) > 1:
+        yield self._collect(*waiting.popleft(), ids)
+    while waiting:
+      yield self._collect(*waiting.popleft(), ids)
+
+  def _dispatch(self, params, rows, ids, seed: int, size: int) -> Generated:
+    T = bucket(max(map(len, rows)))
+    inputs_BT, keys_B2 = np.full((size, T), self.options.pad, np.int32), np.zeros((size, 2), np.uint32)
+    segments_BT = np.zeros((size, T), np.int32)
+    for i, row in enumerate(rows):
+      inputs_BT[i, : len(row)], segments_BT[i, : len(row)] = row, 1
+    keys_B2[: len(rows)] = sampling.row_keys(seed, ids)
+    if self._mesh is None:
+      return self._jitted(params, inputs_BT, segments_BT, keys_B2)
+    place = lambda x: jax.make_array_from_callback(x.shape, self._rows, lambda index: x[index])
+    with sharding.use(self._mesh, self._rules):
+      return self._jitted(params, place(inputs_BT), place(segments_BT), place(keys_B2))
+
+  def _collect(self, positions: list[int], out: Generated, ids) -> tuple[list[int], list[Answer]]:
+    tokens_BRL, scores_BR, lengths_BR, cut_BR = (np.asarray(x)[: len(positions)] for x in out)
+    broken = np.isnan(scores_BR).any(axis=1)
+    if (
+      self.options.beams > 1
+    ):  # NaN loses every comparison, so that no sequence ends: the score of an empty place is left
+      broken |= scores_BR[:, 0] <= beam.BARRED / 2
+    if broken.any():
+      bad = [ids[p] for p, b in zip(positions, broken) if b]
+      raise NumbersError(
+        f"generation: the model's logits are not numbers for {len(bad)} of {len(positions)} inputs, among them "
+        f"{bad[:3]}. Try dtype float32; if that does not help, the weights themselves are broken."
+      )
+    ends = set(self.options.eos)
+    flat = [
+      [int(t) for t in row[:n] if t not in ends] for rows, ns in zip(tokens_BRL, lengths_BR) for row, n in zip(rows, ns)
+    ]
+    texts, R = self.tokenizer.decode(flat), scores_BR.shape[1]
+    return positions, [
+      Answer(texts[i * R : (i + 1) * R], scores_BR[i].tolist(), lengths_BR[i].tolist(), cut_BR[i].tolist())
+      for i in range(len(positions))
+    ]

@@ -1,0 +1,351 @@
+"""From a config to the things a binary needs: the only place that unpacks one. Everything below takes arguments."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxft
+from jaxft import flops, hub, observe, sharding, trees
+from jaxft.config import Reader
+from jaxft.data import cache, clean, pipeline, tasks, tokens
+from jaxft.errors import ClusterError, InputError, did_you_mean
+from jaxft.eval import evaluators
+from jaxft.families import registry
+from jaxft.infer import options
+from jaxft.infer.generate import Generator
+from jaxft.train import checkpoint, loop, losses, optimizer, step
+
+log = logging.getLogger("jaxft")
+
+MODEL = "model"  # in a run folder: config and tokenizer
+DONE = "done.json"  # in a run folder: why training ended, once it has
+ASSETS = pathlib.Path(jaxft.__file__).parent / "assets"
+
+
+def cluster() -> None:
+  """Joins the other processes of the job, where there are any.
+
+  JAXFT_COORDINATOR=host:port with JAXFT_PROCESSES and JAXFT_PROCESS names them by hand; on a TPU pod slice and in a SLURM step of
+  several tasks JAX finds them itself. Raises ClusterError where that fails.
+  """
+  by_hand = os.environ.get("JAXFT_COORDINATOR")
+  found = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+  if not (by_hand or found or os.environ.get("JAX_COORDINATOR_ADDRESS")):
+    return
+  try:
+    if by_hand:
+      jax.distributed.initialize(by_hand, int(os.environ["JAXFT_PROCESSES"]), int(os.environ["JAXFT_PROCESS"]))
+    else:
+      jax.distributed.initialize()
+  except (KeyError, ValueError, RuntimeError) as e:
+    raise ClusterError(
+      f"cluster: {type(e).__name__}: {e}. JAXFT_COORDINATOR=host:port, JAXFT_PROCESSES (how many) and "
+      "JAXFT_PROCESS (this one, from 0) name the processes by hand."
+    ) from e
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model without its weights, and where they will live."""
+
+  folder: pathlib.Path | None  # of the weights it starts from; None: fresh ones
+  tokens_folder: pathlib.Path
+  skeleton: registry.Skeleton
+  stored: registry.Skeleton  # as the weights in `folder` are; differs from `skeleton` where the vocabulary grows
+  plain: registry.Skeleton  # `skeleton` without rematerialisation, for counting the model's own FLOPs
+  tokenizer: tokens.Tokenizer
+  mesh: jax.sharding.Mesh
+  rules: dict
+  shardings: Any
+
+  @property
+  def stored_shardings(self) -> Any:
+    return sharding.leaf_shardings(self.mesh, self.rules, self.stored.axes, self.stored.shapes)
+
+
+def locate(name: str) -> pathlib.Path:
+  """Returns the folder of a model or tokenizer: builtin:NAME, a folder, or a Hub id (downloaded)."""
+  if not name.startswith("builtin:"):
+    return hub.resolve(name)
+  known = sorted(p.name for p in ASSETS.iterdir() if p.is_dir())
+  if name.removeprefix("builtin:") not in known:
+    raise InputError(f"there is no {name}; the built-in models are {', '.join(known)}{did_you_mean(name[8:], known)}.")
+  return ASSETS / name.removeprefix("builtin:")
+
+
+def activations(dtype: str) -> jnp.dtype:
+  """Returns the dtype of activations; "auto" is bfloat16 on TPU and GPU, float32 on CPU."""
+  if dtype == "auto":
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return floating("model.dtype", dtype, ("auto", "bfloat16", "float32"))
+
+
+def floating(key: str, dtype: str, known: tuple[str, ...] = ("float32", "bfloat16", "float16")) -> jnp.dtype:
+  if dtype not in known:
+    raise InputError(f"config: {key} is {dtype!r}{did_you_mean(dtype, known)}; it is one of {', '.join(known)}.")
+  return jnp.dtype(dtype)
+
+
+def model(c: Reader, home: pathlib.Path | None = None) -> Model:
+  """Returns the model of `c.model`; with `home`, a run folder, as training left it there (no weights are needed for that)."""
+  mesh, rules = sharding.make_mesh(c.mesh), dict(c.rules)
+  init, given, named = c.model.init, c.model.config, c.model.tokenizer
+  if bool(init) == bool(given):
+    raise InputError(
+      "config: give either model.init (a folder or Hub id to start from) or model.config=dict(model_type=..., ...) (fresh weights)"
+      f"; there {'are both' if init else 'is neither'}."
+    )
+  folder = locate(init) if init and home is None else None
+  described = hub.read_json(home / MODEL / "config.json") if home else registry.read_config(folder) if folder else given
+  if not (named or folder or home):
+    raise InputError("config: model.tokenizer is empty; fresh weights need the folder or Hub id of a tokenizer.")
+  source = home / MODEL if home else locate(named) if named else folder
+  tokenizer = tokens.load(str(source))
+  how = dict(
+    dtype=activations(c.model.dtype),
+    params_dtype=floating("model.params_dtype", c.model.params_dtype),
+    remat=c.model.remat,
+    unroll=c.model.unroll,
+    dropout=c.model.dropout,
+  )
+  stored = skeleton = registry.skeleton(described, **how)
+  if c.model.resize and tokenizer.size > skeleton.generation["vocab"]:
+    skeleton = registry.skeleton({**described, "vocab_size": tokenizer.size}, **how)
+  plain = skeleton if c.model.remat == "none" else registry.skeleton(skeleton.json, **{**how, "remat": "none"})
+  tokens.check_vocab(tokenizer, skeleton.generation["vocab"])
+  shardings = sharding.leaf_shardings(mesh, rules, skeleton.axes, skeleton.shapes)
+  here = folder or (home / MODEL if home else None)
+  return Model(here, source, skeleton, stored, plain, tokenizer, mesh, rules, shardings)
+
+
+def load(m: Model, seed: int) -> Any:
+  """Returns the weights that training starts from, born with their shardings: read from the folder, or fresh."""
+  if m.folder is None:
+    return step.init_params(m.skeleton.init, seed, m.shardings)
+  params = hub.load(m.folder, m.stored.rules, m.stored.shapes, m.stored_shardings)
+  if m.stored is m.skeleton:
+    return params
+  vocab = m.skeleton.generation["vocab"]
+  log.info(
+    "The vocabulary grows from %d to %d; new rows are the mean of the old ones.", m.stored.generation["vocab"], vocab
+  )
+  return jax.jit(lambda p: registry.resize(m.stored.json, p, vocab)[1], out_shardings=m.shardings)(params)
+
+
+def store(c: Reader, tokenizer: tokens.Tokenizer, source: Any, key: str, limit: int = 0) -> cache.Store:
+  """Returns the tokenised examples of `source`; `key` names it in messages."""
+  if not source:
+    raise InputError(
+      f"config: {key} is empty; give a path, hub:NAME, tfds:NAME, builtin:NAME, or a dict of parallel text files."
+    )
+  d, t = c.data, c.task
+  wrong = sorted(set(t) - {"kind", "input", "target"})
+  if wrong:
+    raise InputError(f"config: task.{wrong[0]} does not exist{did_you_mean(wrong[0], ('kind', 'input', 'target'))}.")
+  tidy = clean.Options(
+    **{k: getattr(d.clean, k) for k in ("strip", "unicode", "min_chars", "max_chars", "max_ratio", "dedup")}
+  )
+  return cache.open_or_build(
+    source,
+    tokenizer=tokenizer,
+    task=tasks.Task(t["kind"], t["input"], t["target"]),
+    clean=tidy,
+    lengths=d.lengths,
+    too_long=d.too_long,
+    too_long_share=d.too_long_share,
+    limit=limit,
+    root=d.cache,
+    workers=d.workers,
+  )
+
+
+def batches(c: Reader, data: cache.Store, m: Model) -> pipeline.Batches:
+  """Returns the shuffled training batches of `data`."""
+  sharding.check_batch(m.mesh, m.rules, c.batch, c.micro)
+  return pipeline.Batches(
+    data,
+    seed=c.seed,
+    batch=c.batch,
+    lengths=c.data.lengths,
+    pack=c.data.pack,
+    buckets=tuple(c.data.buckets),
+    shuffle=True,
+  )
+
+
+def total_steps(c: Reader, data: pipeline.Batches) -> int:
+  """Returns `steps`, or as many as `epochs` takes."""
+  steps, epochs = c.steps, c.epochs
+  if steps < 0 or (not steps and epochs <= 0):
+    raise InputError(f"config: steps={steps} and epochs={epochs} leave nothing to do; set one of them above 0.")
+  return steps or data.steps(epochs)
+
+
+def loss(c: Reader, skeleton: registry.Skeleton) -> step.Loss:
+  """Returns the loss of training: loss_fn(params, batch, key)."""
+  smoothing, z = c.loss.label_smoothing, c.loss.z_loss
+  return lambda params, batch, key: losses.seq2seq(
+    skeleton.bind(params), batch, key, label_smoothing=smoothing, z_loss=z
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """The compiled-on-first-use step and the state it takes."""
+
+  step: Any
+  abstract: step.TrainState
+  tx: Any
+  steps: int
+  plain: Any  # the step before jit and without rematerialisation, to count its FLOPs
+
+
+def trainer(c: Reader, m: Model, steps: int) -> Trainer:
+  o = c.optimizer
+  trainable = trees.trainable(c.trainable, m.skeleton.shapes, m.skeleton.axes)
+  names = (
+    "name",
+    "lr",
+    "schedule",
+    "warmup",
+    "cooldown",
+    "end",
+    "clip",
+    "b1",
+    "b2",
+    "eps",
+    "decay",
+    "decay_rules",
+    "lr_rules",
+  )
+  tx, schedule = optimizer.make(
+    **{n: getattr(o, n) for n in names},
+    steps=steps,
+    shapes=m.skeleton.shapes,
+    axes=m.skeleton.axes,
+    trainable=trainable,
+  )
+  abstract = step.abstract_state(m.skeleton.shapes, m.shardings, tx, trainable)
+  one = lambda skeleton: step.make_train_step(
+    loss(c, skeleton), tx, schedule, c.micro, trainable=trainable, pins=step.shardings_of(abstract.params)
+  )
+  jitted = step.jit_train_step(one(m.skeleton), m.mesh, m.rules, abstract)
+  return Trainer(jitted, abstract, tx, steps, one(m.plain))
+
+
+def evaluators_of(c: Reader, m: Model, home: pathlib.Path | None) -> list:
+  """Returns the evaluators of `c.evals`; samples go to home/samples."""
+  made = []
+  for name, e in c.evals.items():
+    made.append(_evaluator(c, m, home, name, e))
+    made[-1].start = e["start"]
+  return made
+
+
+def _evaluator(c: Reader, m: Model, home: pathlib.Path | None, name: str, e: dict) -> Any:
+  data = store(c, m.tokenizer, e["data"] or c.data.validation, f"data.validation (or evals.{name}.data)", e["limit"])
+  if e["kind"] == "loss":
+    rows = evaluators.whole_batch(e["batch"], m.mesh, m.rules)
+    once = pipeline.Batches(
+      data, seed=0, batch=rows, lengths=c.data.lengths, pack=c.data.pack, buckets=tuple(c.data.buckets), shuffle=False
+    )
+    plain = lambda model, batch, key: losses.seq2seq(model, batch, key, label_smoothing=0.0, z_loss=0.0)
+    return evaluators.LossEvaluator(
+      name, e["every"], skeleton=m.skeleton, batches=once, loss_fn=plain, mesh=m.mesh, rules=m.rules
+    )
+  how = options.read(
+    m.skeleton.generation,
+    generation_config(m),
+    beams=e["beams"],
+    temperature=0.0,
+    length_penalty=e["length_penalty"],
+    length=e["length"] or evaluators.answer_length(data),
+  )
+  engine = Generator(m.skeleton, m.tokenizer, how, batch=e["batch"], mesh=m.mesh, rules=m.rules)
+  return evaluators.GenerateEvaluator(
+    name,
+    e["every"],
+    generator=engine,
+    store=data,
+    names=e["metrics"],
+    samples=e["samples"],
+    folder=home / "samples" if home else None,
+  )
+
+
+def generation_config(m: Model) -> dict:
+  """Returns the generation_config.json beside the weights, or what transformers writes for a model that has none."""
+  file = m.folder / "generation_config.json" if m.folder else None
+  if file and file.exists():
+    return hub.read_json(file)
+  return m.skeleton.generation_config
+
+
+def checkpointer(c: Reader, home: pathlib.Path, m: Model, data: cache.Store) -> checkpoint.Checkpointer:
+  s = c.save
+  facts = dict(observe.environment(), data=data.folder.name, mesh={k: int(v) for k, v in m.mesh.shape.items()})
+  return checkpoint.Checkpointer(str(home / "checkpoints"), keep=s.keep, best=s.best, mode=s.mode, facts=facts)
+
+
+def early_stop(c: Reader) -> loop.EarlyStop:
+  s = c.stop
+  return loop.EarlyStop(metric=s.metric, mode=s.mode, patience=s.patience, min_delta=s.min_delta)
+
+
+def plan(c: Reader, t: Trainer, batches: pipeline.Batches, m: Model) -> loop.Plan:
+  """Returns the numbers of the loop; FLOPs are counted from the program of the step."""
+  peak, source = flops.peak(jax.devices()[0], m.skeleton.dtype)
+  shape = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batches.host_batch(0, 0, 1).items()}
+  work = flops.count(t.plain, t.abstract, shape)
+  log.info("A step takes %.3g FLOPs; peak of a device %.3g FLOP/s (%s).", work, peak, source)
+  return loop.Plan(
+    steps=t.steps,
+    epoch_steps=batches.steps(1),
+    log_every=c.log.every,
+    save_every=c.save.every,
+    save_minutes=c.save.minutes,
+    skip=c.numbers.skip,
+    flops=work,
+    peak=peak * jax.device_count(),
+  )
+
+
+def feed(m: Model, batch: int) -> tuple[int, int]:
+  """Returns (host, hosts) of this process for reading batches of `batch` rows."""
+  return sharding.feed(sharding.batch_sharding(m.mesh, m.rules), batch)
+
+
+def put(m: Model, batch: int):
+  """Returns the function that places this process's rows of a batch on the devices."""
+  rows = sharding.batch_sharding(m.mesh, m.rules)
+  return lambda local: sharding.put_batch(local, rows, batch)
+
+
+def export_options(c: Reader) -> dict:
+  """Returns dtype and shard_gb of the exported folder."""
+  dtype = c.export.dtype or c.model.params_dtype
+  floating("export.dtype", dtype)
+  return dict(dtype=dtype, shard_gb=c.export.shard_gb)
+
+
+def summary(m: Model, t: Trainer) -> str:
+  """Returns what will run, in a few lines."""
+  s, o = m.skeleton, t.abstract
+  trained, all_ = trees.count(o.params), trees.count(s.shapes)
+  devices = jax.devices()
+  lines = [
+    f"model     {s.json['model_type']} with {all_ / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M of them trained, from "
+    f"{m.folder or 'fresh weights'}",
+    f"devices   {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es); mesh "
+    + " ".join(f"{k}={v}" for k, v in m.mesh.shape.items()),
+    f"numbers   activations {s.dtype.name}, weights {np.dtype(next(iter(trees.flatten(s.shapes).values())).dtype).name}; state "
+    f"{trees.nbytes(o) / 2**20:,.0f} MiB over all devices",
+    f"steps     {t.steps:,}",
+  ]
+  return "\n".join(lines)

@@ -1,0 +1,238 @@
+"""Optimizers out of Optax's parts, learning-rate schedules, and the rules that vary them by parameter.
+
+The order is the same for all: clip the global norm, the algorithm, weight decay, learning rate. Decay is times the
+learning rate (as in AdamW) whatever the algorithm. A leaf that stacks L layers is treated as L leaves: stacking changes
+no number.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxft import trees
+from jaxft.errors import InputError, did_you_mean
+
+Tree = Any
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+NAMES = ("adamw", "adafactor", "lion", "muon")
+SCHEDULES = ("cosine", "linear", "constant", "rsqrt", "wsd")
+
+
+def make_schedule(*, lr: float, schedule: str, warmup: float, cooldown: float, end: float, steps: int) -> Schedule:
+  """Returns lr(step) for steps 0 ... `steps` - 1, float32, a function of the step alone.
+
+  Warm-up is linear over `warmup` steps (below 1: that share of `steps`), lr * (step + 1) / warmup: no step is lost to a
+  rate of zero, and the last of them has `lr`. With p the share of the steps after it that are done: linear falls to
+  `end` * lr, cosine too along half a cosine; rsqrt is lr * sqrt(warmup / (step + 1)) (T5, arXiv 1910.10683 section
+  3.1.2); wsd stays at lr, then falls linearly to zero over the last `cooldown` share of all steps (MiniCPM, arXiv
+  2404.06395).
+  """
+  if schedule not in SCHEDULES:
+    raise InputError(
+      f"optimizer.schedule is {schedule!r}; there are {', '.join(SCHEDULES)}{did_you_mean(schedule, SCHEDULES)}."
+    )
+  if lr < 0 or warmup < 0 or steps < 1 or not 0 <= end <= 1 or not 0 <= cooldown <= 1:
+    raise InputError(
+      f"optimizer: lr={lr}, warmup={warmup}, end={end}, cooldown={cooldown} over {steps} steps: lr and warmup must not "
+      "be negative, steps at least 1, end and cooldown (shares) between 0 and 1."
+    )
+  if warmup >= 1 and warmup != int(warmup):
+    raise InputError(f"optimizer.warmup is {warmup}: a number of steps is whole, a share of the steps is below 1.")
+  rise = int(warmup) if warmup >= 1 else round(warmup * steps)
+  fall = steps - round(cooldown * steps)  # first step of the cooldown
+  if rise and rise >= steps:
+    raise InputError(
+      f"optimizer.warmup is {rise} steps, but the run has only {steps}: it would never reach its learning rate. Lower "
+      "warmup (below 1 it is a share of the steps) or raise steps."
+    )
+  if schedule == "rsqrt" and not rise:
+    raise InputError("optimizer.schedule rsqrt falls from the end of the warm-up: set optimizer.warmup above 0.")
+  if schedule == "wsd" and rise > fall:
+    raise InputError(
+      f"optimizer.schedule wsd: warm-up of {rise} and cooldown of {steps - fall} steps do not fit into {steps} steps."
+    )
+
+  def rate(step):
+    t = jnp.asarray(step, jnp.float32)
+    done = jnp.clip((t - rise) / max(steps - rise, 1), 0, 1)
+    factor = dict(
+      constant=lambda: jnp.float32(1),
+      linear=lambda: 1 - (1 - end) * done,
+      cosine=lambda: end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * done)),
+      rsqrt=lambda: jnp.sqrt(rise / jnp.maximum(t + 1, rise)),
+      wsd=lambda: jnp.clip((steps - t) / max(steps - fall, 1), 0, 1),
+    )[schedule]()
+    return lr * (jnp.where(t < rise, (t + 1) / rise, factor) if rise else factor)
+
+  return rate
+
+
+def make(
+  *,
+  name: str,
+  lr: float,
+  schedule: str,
+  warmup: float,
+  cooldown: float,
+  end: float,
+  clip: float,
+  b1: float,
+  b2: float,
+  eps: float,
+  decay: float,
+  decay_rules: trees.Rules,
+  lr_rules: trees.Rules,
+  steps: int,
+  shapes: Tree,
+  axes: Tree,
+  trainable: Tree,
+) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
+  """Returns (transformation, schedule) for the trained part of the parameters.
+
+  `shapes` and `axes` describe all parameters; `trainable` is the tree of `trees.trainable`: only its leaves with a True
+  are given to the transformation, and layers with False inside of them come out unchanged bit by bit. `update(grads,
+  state, params, step=i32[])` wants the number of the step, because the learning rate follows from it and not from the
+  state, and gives float32 updates to be added in float32; statistics are float32 whatever the parameters are.
+
+  adamw (arXiv 1711.05101); lion (arXiv 2302.06675); adafactor (arXiv 1804.04235) as T5X has it: no momentum, decay
+  exponent 0.8, updates clipped to an RMS of 1 and scaled by the RMS of their parameter; it reads no b1, b2, eps. muon:
+  matrices of the layers (kernels with an "embed" axis; heads joined) by Newton-Schulz with momentum b1, scaled by 0.2
+  sqrt(max(fan in, fan out)) so that AdamW's learning rates fit (arXiv 2502.16982 section 2.2); embeddings, heads of the
+  vocabulary, norms and biases by AdamW.
+  """
+  if name not in NAMES:
+    raise InputError(f"optimizer.name is {name!r}; there are {', '.join(NAMES)}{did_you_mean(name, NAMES)}.")
+  if clip < 0 or decay < 0:
+    raise InputError(f"optimizer: clip={clip} and decay={decay} must not be negative (0 switches off).")
+  flags = {p: f for p, f in trees.flatten(trainable).items() if np.any(f)}
+  flat_shapes, flat_axes = trees.flatten(shapes), trees.flatten(axes)
+  leaves = {p: _leaf(flat_shapes[p].shape, flat_axes[p]) for p in flags}
+  times_lr = trees.flatten(trees.by_rules(lr_rules, shapes, axes, name="optimizer.lr_rules", all_used=True))
+  times_decay = trees.flatten(trees.by_rules(decay_rules, shapes, axes, name="optimizer.decay_rules"))
+  rate = make_schedule(lr=lr, schedule=schedule, warmup=warmup, cooldown=cooldown, end=end, steps=steps)
+
+  parts = [optax.clip_by_global_norm(clip)] if clip else []
+  parts += [_algorithm(name, leaves, b1, b2, eps)]
+  if decay:
+    parts += [_stateless(lambda u, p, step, path: u + p * _f32(decay * times_decay[path]))]
+  parts += [_stateless(lambda u, p, step, path: u * (-rate(step) * _f32(times_lr[path])))]
+  # x + -0.0 is x for every x, and 0.0 is not: -0.0 + 0.0 = 0.0 would flip a sign bit in a frozen layer
+  parts += [
+    _stateless(lambda u, p, step, path: u if np.all(flags[path]) else jnp.where(flags[path], u, jnp.float32(-0.0)))
+  ]
+  return _in_float32(optax.chain(*parts)), rate
+
+
+def _algorithm(name: str, leaves: dict, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+  if name == "lion":
+    return optax.scale_by_lion(b1=b1, b2=b2)
+  return dict(adamw=lambda: adam, adafactor=lambda: _adafactor(leaves), muon=lambda: _muon(leaves, b1, adam))[name]()
+
+
+class _Leaf(NamedTuple):
+  depth: int  # stacked layers; 0: not stacked
+  rows: int  # axes of the input side of a matrix, after the stacked one; 0: not a matrix
+  matrix: bool  # a matrix of a layer: what Muon orthogonalises
+
+
+def _leaf(shape: tuple, axes: tuple) -> _Leaf:
+  stacked = trees.is_stacked(axes)
+  own = tuple(axes[1:] if stacked else axes)
+  rows = 0 if len(own) < 2 else (1 if len(own) == 2 or own[0] == "embed" else len(own) - 1)
+  return _Leaf(shape[0] if stacked else 0, rows, bool(rows) and "embed" in own and "vocab" not in own)
+
+
+def _f32(x: Any) -> Any:
+  return np.float32(x) if np.ndim(x) == 0 else np.asarray(x, np.float32)
+
+
+def _stateless(fn: Callable) -> optax.GradientTransformationExtraArgs:
+  """Returns the transformation u -> fn(u, parameter, step, path), leaf by leaf."""
+
+  def update(updates, state, params=None, *, step, **_):
+    return trees.map_with_path(lambda path, u, p: fn(u, p, step, path), updates, params), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+  cast = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+  return optax.GradientTransformationExtraArgs(
+    lambda params: tx.init(cast(params)),
+    lambda u, state, params, **extra: tx.update(cast(u), state, cast(params), **extra),
+  )
+
+
+def _grouped(members: dict[str, optax.GradientTransformation], group: dict[str, str]) -> optax.GradientTransformation:
+  """Returns the transformation that gives each leaf to the member that `group` names for its path.
+
+  As optax.partition, but members see a tree with their own leaves and nothing else, so their state has no masked nodes.
+  """
+
+  def cut(tree):
+    flat = trees.flatten(tree)
+    return {g: trees.unflatten({p: x for p, x in flat.items() if group[p] == g}) for g in members}
+
+  def update(updates, state, params):
+    u, p, out, new = cut(updates), cut(params), {}, {}
+    for g, tx in members.items():
+      done, new[g] = tx.update(u[g], state[g], p[g])
+      out.update(trees.flatten(done))
+    return trees.unflatten(out), new
+
+  return optax.GradientTransformation(
+    lambda params: {g: tx.init(part) for (g, tx), part in zip(members.items(), cut(params).values())}, update
+  )
+
+
+def _muon(leaves: dict[str, _Leaf], b1: float, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+  def numbers(path):
+    leaf = leaves[path]
+    first, width = bool(leaf.depth), leaf.rows
+    return lambda ndim: optax.contrib.MuonDimensionNumbers(
+      tuple(range(first, first + width)), tuple(range(first + width, ndim))
+    )
+
+  dims = lambda tree: trees.map_with_path(lambda path, x: numbers(path)(x.ndim), tree)
+
+  def scaled(path, u):
+    axes = numbers(path)(u.ndim)
+    sides = [math.prod(u.shape[a] for a in side) for side in axes]
+    return u * np.float32(0.2 * math.sqrt(max(sides)))
+
+  matrix = optax.chain(
+    optax.contrib.scale_by_muon(beta=b1, weight_dimension_numbers=dims),
+    optax.stateless(lambda updates, params: trees.map_with_path(scaled, updates)),
+  )
+  group = {path: "matrix" if leaf.matrix else "other" for path, leaf in leaves.items()}
+  members = dict(matrix=matrix, other=adam)
+  return _grouped({g: tx for g, tx in members.items() if g in group.values()}, group)
+
+
+def _adafactor(leaves: dict[str, _Leaf]) -> optax.GradientTransformation:
+  """Returns Adafactor on matrices as the original sees them: one a layer, heads joined with their width."""
+  one = optax.chain(
+    optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+  )
+  layers = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
+  # one vmap needs one depth: the encoder's and the decoder's may differ
+  group = {path: f"depth{leaf.depth}" for path, leaf in leaves.items()}
+  grouped = _grouped({g: one if g == "depth0" else layers for g in sorted(set(group.values()))}, group)
+
+  def joined(path, x):
+    first, width = bool(leaves[path].depth), leaves[path].rows
+    own = x.shape[first:]
+    return x.reshape(*x.shape[:first], math.prod(own[:width]), math.prod(own[width:])) if len(own) > 2 else x
+
+  def update(updates, state, params):
+    out, state = grouped.update(trees.map_with_path(joined, updates), state, trees.map_with_path(joined, params))
+    return jax.tree.map(lambda u, x: u.reshape(x.shape), out, updates), state
+
+  return optax.GradientTransformation(lambda params: grouped.init(trees.map_with_path(joined, params)), update)

@@ -1,0 +1,138 @@
+"""The house: which floor may import which, how long a file and a function may be. Reads the source, runs nothing.
+
+Catches: an upward or sideways import, an import of our own hidden in a function, a cycle, a heavy package outside its door.
+"""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent / "jaxft"
+FILES = sorted(ROOT.rglob("*.py"))
+FLOORS = dict(
+  errors=0,
+  config=0,
+  trees=0,
+  sharding=0,
+  observe=0,
+  report=0,
+  hub=0,
+  safetensors=0,
+  flops=0,
+  display=0,
+  models=1,
+  families=1,
+  data=2,
+  train=3,
+  eval=3,
+  infer=3,
+)  # everything else is floor 4
+SIDEWAYS = {("families", "models"), ("eval", "infer")}  # the only arrows between packages of one floor
+DOORS = dict(
+  transformers={"jaxft.data.tokens"},
+  tensorflow={"jaxft.data.pipeline", "jaxft.data.sources"},
+  torch=set(),
+  datasets={"jaxft.data.sources"},
+  tensorflow_datasets={"jaxft.data.sources"},
+)
+HEAVY = {"tensorflow", "datasets", "tensorflow_datasets", "torch", "wandb"}
+
+
+def module(path):
+  return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(tree):
+  """Yields (module name, node, whether it stands in a function)."""
+  inner = {
+    id(n)
+    for f in ast.walk(tree)
+    if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
+    for n in ast.walk(f)
+    if n is not f
+  }
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      for a in node.names:
+        yield a.name, node, id(node) in inner
+    elif isinstance(node, ast.ImportFrom):
+      for a in node.names:
+        yield f"{node.module}.{a.name}", node, id(node) in inner
+
+
+def place(name):
+  part = name.split(".")[1] if "." in name else ""
+  return part, FLOORS.get(part, 4)
+
+
+def ours(name):
+  """The module of ours that an imported name belongs to, or None."""
+  while name.startswith("jaxft"):
+    path = ROOT.parent / pathlib.Path(*name.split("."))
+    if path.with_suffix(".py").exists() or path.is_dir():
+      return name
+    name = name.rpartition(".")[0]
+  return None
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_size(path):
+  lines = path.read_text().splitlines()
+  assert len(lines) <= 400, f"{len(lines)} lines"
+  long = [
+    n.name
+    for n in ast.walk(ast.parse(path.read_text()))
+    if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and n.end_lineno - n.lineno + 1 > 60
+  ]
+  assert not long, f"functions over 60 lines: {long}"
+  if place(module(path))[1] == 4:
+    assert "absl" not in path.read_text() or len(lines) < 120, "a binary only wires"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_floors(path):
+  here = module(path)
+  part, floor = place(here)
+  for name, node, hidden in imports(ast.parse(path.read_text())):
+    target = ours(name)
+    if target:
+      other, below = place(target)
+      assert not hidden, f"line {node.lineno}: {name} is imported in a function"
+      assert below < floor or other == part or floor == 4 or (part, other) in SIDEWAYS or floor == below == 0, (
+        f"line {node.lineno}: {here} (floor {floor}) imports {target} (floor {below})"
+      )
+    top = name.split(".")[0]
+    if top in DOORS:
+      door = here in DOORS[top] or (top == "transformers" and here == "jaxft.doctor")
+      assert door, f"line {node.lineno}: {top} has another door"
+    if top in HEAVY:
+      assert hidden, f"line {node.lineno}: {top} is imported at start-up"
+
+
+def test_no_cycles_and_depth():
+  edges = {module(p): {ours(n) for n, _, _ in imports(ast.parse(p.read_text()))} - {None, module(p)} for p in FILES}
+  depth, path = {}, []
+
+  def walk(m):
+    assert m not in path, f"import cycle: {' -> '.join([*path, m])}"
+    if m not in depth:
+      path.append(m)
+      depth[m] = 1 + max([walk(x) for x in edges.get(m, ()) if x not in ("jaxft",)], default=0)
+      path.pop()
+    return depth[m]
+
+  # main > export > runs > setup > registry > t5 > encdec > attention > layers > sharding > trees > errors
+  deepest = max(edges, key=walk)
+  assert depth[deepest] <= 12, f"{deepest}: {depth[deepest]} imports deep"
+
+
+def test_training_floors_import_without_tensorflow():
+  code = (
+    "import sys; sys.modules.update(dict.fromkeys(['tensorflow','datasets','tensorflow_datasets','torch','transformers']));"
+    "import jaxft.hub, jaxft.families.registry, jaxft.train.loop, jaxft.train.step, jaxft.infer.generate"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr

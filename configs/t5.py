@@ -20,7 +20,7 @@ for kind, name in (("flan-t5", "flan-t5"), ("v1_1", "t5-v1_1"), ("mt5", "mt5"), 
 def get_config(arg: str = ""):
   c = config.base()
   c.data.update(train="builtin:cldr-en-fr:train", validation="builtin:cldr-en-fr:validation")
-  c.data.lengths = dict(inputs=256, targets=256)
+  c.data.lengths, c.save.best = dict(inputs=256, targets=256), "eval/loss/loss"
   c.evals = dict(
     loss=dict(config.EVAL["loss"], every=50, start=True, batch=16),
     generate=dict(config.EVAL["generate"], start=True, batch=100),

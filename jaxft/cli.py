@@ -1,7 +1,10 @@
 """What every binary shares: flags that fail in one paragraph, exit codes, --help on one screen."""
 
+import pathlib
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +22,8 @@ def define_config() -> flags.FlagHolder:
 
 
 def run(define: Callable[[], Any], main: Callable[[Any], int | None], usage: str) -> None:
-  """Parses the flags that `define()` makes, runs `main(flags)` and exits with its code; `usage` heads the text of --help.
+  """Parses the flags that `define()` makes, runs `main(flags)` and exits with its code; `usage` heads the text of
+  --help.
 
   Flags are made here and not when a binary is imported, so that a notebook can import several.
   """
@@ -47,8 +51,8 @@ def _parse(argv: list[str]) -> list[str]:
     problem = f"command line: {e}"
   except FileNotFoundError as e:
     problem = f"config: {e}"
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
-    problem = _misspelt(argv) or f"config: {type(e).__name__}: {e}"
+  except Exception as e:  # a config file is a program, and may fail in any way that a program can
+    problem = _misspelt(argv) or _broken(e, argv)
   print(f"\njaxft: {problem}", file=sys.stderr)
   sys.exit(errors.InputError.code)
 
@@ -62,6 +66,18 @@ def _misspelt(argv: list[str]) -> str | None:
     if path and path not in known and not any(path.startswith(p + ".") for p in config.FREE):
       return f"config: there is no {path}{config.suggest(path)}."
   return None
+
+
+def _broken(e: Exception, argv: list[str]) -> str:
+  """Returns what failed: the line of the config file, or else the values on the command line."""
+  where, said = f"the command line ({' '.join(w for w in argv[1:] if w.startswith('--config.'))})", str(e)
+  if isinstance(e, SyntaxError):
+    where, said = f"{e.filename}, line {e.lineno}", f"{e.msg}: {(e.text or '').strip()}"
+  else:
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(pathlib.Path(__file__).parent))
+    own = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith((*libraries, "<"))]
+    where = f"{own[-1].filename}, line {own[-1].lineno}" if own else where
+  return f"config: {where}: {type(e).__name__}: {said}. Mend that and run the command again."
 
 
 def checked(flag: flags.FlagHolder) -> ConfigDict:

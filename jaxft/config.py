@@ -45,9 +45,10 @@ OTHER_NAMES = dict(
   generation_max_length="evals.NAME.length",
 )
 
-# One entry of `evals`: `every` that many steps (0: only at the end), with `start` also before the first.
+# One entry of `evals`. every: steps between two (0: only at the end); start: also before the first step; data: a source
+# as in `data.train` (empty: data.validation); batch: rows at a time, which changes no value; limit: rows read (0: all).
 EVAL = dict(  # `kind` says which of these it reads
-  loss=dict(kind="loss", every=0, start=False, data="", batch=64, limit=0),
+  loss=dict(kind="loss", every=0, start=False, data="", batch=64, limit=0),  # loss, perplexity, accuracy, tokens
   generate=dict(
     kind="generate",
     every=0,
@@ -56,10 +57,12 @@ EVAL = dict(  # `kind` says which of these it reads
     batch=64,
     limit=0,
     beams=1,
-    length=0,
-    length_penalty=1.0,
+    length=0,  # most new tokens; 0: the longest reference and a quarter more
+    length_penalty=1.0,  # beams are ranked by log-probability / length ** penalty
+    # of sacrebleu, sacrebleu_intl, sacrebleu_zh, sacrebleu_char, chrf, chrf_word, ter, rouge, rouge1, rouge2, rougeL,
+    # rougeLsum (each with _stem too), exact_match
     metrics=("sacrebleu", "chrf", "exact_match"),
-    samples=8,
+    samples=8,  # rows written to samples/NAME-STEP.jsonl
   ),
 )
 
@@ -82,7 +85,9 @@ def base() -> ConfigDict:
   c.task = dict(kind="seq2seq", input="{input}", target="{target}")  # templates over the columns of a row
 
   c.data = _data()
-  c.loss = dict(label_smoothing=0.0, z_loss=0.0)
+  c.loss = dict(
+    label_smoothing=0.0, z_loss=0.0
+  )  # share spread over the vocabulary; weight of logsumexp ** 2 (1e-4 is usual)
 
   c.optimizer = _optimizer()
   c.trainable = (
@@ -90,7 +95,9 @@ def base() -> ConfigDict:
   )  # ordered: which parameters are trained; the rest have no gradient and no optimizer state
 
   c.evals = ConfigDict()  # name -> dict(kind=...); see EVAL above for the fields of a kind
-  c.save = dict(every=500, minutes=15.0, keep=2, best="", mode="min")  # best: a metric such as eval/loss/loss
+  # every: steps, minutes: by the clock (0: off); keep: latest ones that stay; best: metric whose best one stays as
+  # well, such as eval/loss/loss; mode: min or max, where it is best
+  c.save = dict(every=500, minutes=15.0, keep=2, best="", mode="min")
   c.stop = dict(
     metric="", mode="min", patience=0, min_delta=0.0
   )  # early stopping after `patience` evaluations without gain
@@ -151,29 +158,57 @@ def _optimizer() -> ConfigDict:
 
 
 def check(c: ConfigDict) -> ConfigDict:
-  """Returns `c` with the entries of `evals` completed; raises InputError on a key that does not exist."""
-  _unknown(base(), c, "")
-  for name, given in c.evals.items():
-    kind = given.get("kind", None)
-    if kind not in EVAL:
-      raise InputError(
-        f"config: evals.{name}.kind is {kind!r}; the kinds are {', '.join(EVAL)}{did_you_mean(kind, EVAL)}."
-      )
-    _unknown(ConfigDict(EVAL[kind]), given, f"evals.{name}.")
-    c.evals[name] = ConfigDict({**EVAL[kind], **given.to_dict()})
+  """Returns `c` with what a group lacks completed from the defaults; raises InputError on a key that does not exist and
+  on a value of another type than its default."""
+  with c.unlocked():
+    _complete(base(), c, "")
+    for name, given in c.evals.items():
+      kind = given.get("kind", None) if isinstance(given, ConfigDict) else given
+      if not isinstance(kind, str) or kind not in EVAL:
+        raise InputError(
+          f"config: evals.{name}.kind is {kind!r}; write evals.{name} = dict(kind=...), with one of {', '.join(EVAL)}"
+          f"{did_you_mean(kind, EVAL)}."
+        )
+      if not isinstance(given, ConfigDict):
+        raise InputError(f"config: evals.{name} is {given!r}; write dict(kind={kind!r}).")
+      _complete(ConfigDict(EVAL[kind]), given, f"evals.{name}.")
   return c
 
 
+ANY = ("data.train", "data.validation", "task.input", "task.target", "model.dropout")  # checked where they are used
 FREE = ("model.config", "rules", "mesh", "data.lengths", "data.train", "data.validation", "evals", "task")
 
 
-def _unknown(known: ConfigDict, given: ConfigDict, prefix: str) -> None:
+def _complete(known: ConfigDict, given: ConfigDict, prefix: str) -> None:
   for key, value in given.items():
     path = prefix + key
     if key not in known:
       raise InputError(f"config: there is no {path}{suggest(path, [prefix + k for k in known])}.")
-    if isinstance(known[key], ConfigDict) and path not in FREE:
-      _unknown(known[key], value, path + ".")
+    default = known[key]
+    if isinstance(default, ConfigDict) and not isinstance(value, ConfigDict):
+      raise InputError(f"config: {path} is {value!r}; it is a group: dict({', '.join(f'{k}=...' for k in default)}).")
+    if isinstance(default, ConfigDict) and (path not in FREE or path == "task"):
+      _complete(default, value, path + ".")
+    elif not _fits(value, default, path):
+      raise InputError(f"config: {path} is {value!r}, of type {type(value).__name__}; it takes a {_type(default)}.")
+  for key in known:
+    if key not in given:
+      given[key] = known[key]
+
+
+def _type(default: Any) -> str:
+  return {"tuple": "tuple of pairs or values"}.get(type(default).__name__, type(default).__name__)
+
+
+def _fits(value: Any, default: Any, path: str) -> bool:
+  """Says whether `value` has the type of `default`; fields that take several types are in ANY."""
+  if path in ANY or path.endswith(".data") or default is None or isinstance(default, ConfigDict):
+    return True
+  if isinstance(default, bool) or isinstance(value, bool):
+    return isinstance(value, bool) and isinstance(default, bool)
+  if isinstance(default, (tuple, list)):
+    return isinstance(value, (tuple, list))
+  return isinstance(value, (int, float) if isinstance(default, float) else type(default))
 
 
 def suggest(path: str, known=None) -> str:

@@ -1,8 +1,8 @@
 """Decodes: python -m jaxft.decode --model=FOLDER_OR_RUN --input=in.jsonl --output=out.jsonl --template="German: {en}"
 
-Reads JSON Lines with the template's fields and perhaps an `id` (else the line number), writes {"id", "output"} lines.
-Run again after a kill, it does what is missing; each id is there exactly once. Exit code 3: some rows have an "error"
-in place of an "output".
+Reads JSON Lines with the template's fields and perhaps an `id` (else the number of the row), writes {"id", "output"}
+lines. Run again after a kill, it does what is missing; each id is there exactly once. Exit code 3: some rows have an
+"error" in place of an "output".
 """
 
 import types
@@ -32,17 +32,21 @@ def decode(
   overwrite: bool = False,
   **generation,
 ) -> batch_decode.Report:
-  """Decodes every row of `input` with `model` into `output`; `generation` are fields of infer.options.Options (None: not given)."""
+  """Decodes every row of `input` with `model` into `output`; `generation` are fields of infer.options.Options (None:
+  not given).
+  """
   setup.cluster()
-  m, params, of_run = runs.for_decoding(model, checkpoint, dtype)
-  template = template or of_run or "{input}"
+  m, params, of_run, fix = runs.for_decoding(model, checkpoint, dtype)
+  templates = [template] if template else of_run
   how = options.read(m.skeleton.generation, setup.generation_config(m), **runs.answer_length(m, generation))
   engine = Generator(m.skeleton, m.tokenizer, how, batch=batch, mesh=m.mesh, rules=m.rules)
-  observe.log.info("Decoding %s with %s, template %r, %s.", input, model, template, how)
+  observe.log.info("Decoding %s with %s, template %s, %s.", input, model, " or ".join(map(repr, templates)), how)
   report = batch_decode.decode(
-    engine, params, sources.read(input), output, render=batch_decode.renderer(template, str.strip), seed=seed,
+    engine, params, sources.read(input), output, render=batch_decode.renderer(templates, fix.text),
+    seed=seed,
     inputs_length=inputs_length, too_long=too_long, scores=scores, overwrite=overwrite, progress=display.Bar(),
-    about=dict(model=model, checkpoint=checkpoint, template=template, dtype=m.skeleton.dtype.name))  # fmt: skip
+    about=dict(model=model, checkpoint=checkpoint, template=templates, strip=fix.strip, unicode=fix.unicode,
+               dtype=m.skeleton.dtype.name))  # fmt: skip
   observe.log.info(
     "%d rows in %.1f s (%d done before), %d errors, %d cut by the limit of %d tokens: %s",
     report.rows, report.seconds, report.resumed, report.errors, report.cut, how.length, output)  # fmt: skip

@@ -1,4 +1,6 @@
-"""What people look at in a terminal: tables, and progress of work that is counted. Logs lines where there is no terminal."""
+"""What people look at in a terminal: tables, and progress of work that is counted. Logs lines where there is no
+terminal.
+"""
 
 import logging
 import sys
@@ -52,7 +54,7 @@ def _cell(value: Any) -> str:
 
 
 class Bar:
-  """Rows done, rows a second and the time left: a bar on a terminal, elsewhere a line every 10 seconds and at the end."""
+  """Rows done, rows a second and the time left: a bar on a terminal, elsewhere a line every 10 s and at the end."""
 
   def __init__(self):
     self._begun = self._said = time.monotonic()

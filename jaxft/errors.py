@@ -1,7 +1,7 @@
 """How jaxft ends: one exception a kind of ending, each with the exit code that launchers act on.
 
-0 done; 2 bad config or input, never retry; 41 cluster; 42 preempted, saved, run me again; 43 numbers; 44 storage or data;
-45 watchdog. A message is one paragraph: what, where (file, line, example id, key), and what to do next.
+0 done; 2 bad config or input, never retry; 41 cluster; 42 preempted, saved, run me again; 43 numbers; 44 storage or
+data; 45 watchdog. A message is one paragraph: what, where (file, line, example id, key), and what to do next.
 """
 
 import difflib

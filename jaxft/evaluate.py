@@ -1,5 +1,5 @@
 """Evaluates: python -m jaxft.evaluate --config=configs/t5.py --workdir=runs/t5 [--checkpoint=best|latest|STEP]
-           python -m jaxft.evaluate --config=configs/t5.py --model=FOLDER_OR_HUB_ID     a model as it is, before training
+           python -m jaxft.evaluate --config=configs/t5.py --model=FOLDER_OR_HUB_ID    a model before training
 
 Runs the evaluations of the config (with --workdir and no --config: those of the run), prints a table, writes samples.
 --watch follows a run and evaluates each new checkpoint once, until the run has ended.
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxft import cli, config, display, observe, runs, setup
 from jaxft.errors import InputError, StorageError
+from jaxft.train import workdir
 
 SECONDS = 10.0  # between two looks at a run that is followed
 
@@ -31,28 +32,34 @@ def evaluate(
     if c is None:
       raise InputError("--model needs --config, which says what to evaluate on.")
     c = config.check(ConfigDict(c))
-    c.model.init, c.model.config, c.model.tokenizer = model, ConfigDict(), ""
+    c.model.init, c.model.config = model, ConfigDict()
+    if c.model.tokenizer:
+      observe.log.info("The tokenizer of %s is used, not model.tokenizer=%s.", model, c.model.tokenizer)
+      c.model.tokenizer = ""
     reader = config.Reader(c)
     m = setup.model(reader)
-    return _run(reader, m, setup.load(m, c.seed), 0, pathlib.Path(output) if output else None, model)
+    target = pathlib.Path(output) if output else None
+    return _run(setup.evaluators_of(reader, m, target, needed=True), setup.load(m, c.seed), 0, target, model)
   reader, m, checkpointer = _open(c, folder)
-  step = runs.pick(checkpointer, which)
-  return _run(
-    reader, m, runs.weights(m, checkpointer, step), step, pathlib.Path(output or folder), f"{folder} step {step}"
-  )
+  step, target = runs.pick(checkpointer, which), pathlib.Path(output or folder)
+  evaluators = setup.evaluators_of(reader, m, target, needed=True)
+  return _run(evaluators, runs.weights(m, checkpointer, step), step, target, f"{folder} step {step}")
 
 
 def watch(c: ConfigDict | None, *, folder: str, output: str = "") -> None:
-  """Evaluates each checkpoint of the run in `folder` once, as it appears, until the run has ended; restarts where it was."""
-  while not (pathlib.Path(folder) / setup.MODEL / "config.json").exists():
+  """Evaluates each checkpoint of the run in `folder` once, as it appears, until the run has ended; restarts where it
+  was.
+  """
+  home = workdir.path(folder)
+  while not (home / setup.MODEL / "config.json").exists():
     observe.log.info("Waiting for %s to become a run folder.", folder)
     time.sleep(SECONDS)
   reader, m, checkpointer = _open(c, folder)
-  target = pathlib.Path(output or folder)
-  log = target / "eval.jsonl"
-  done = {json.loads(line)["step"] for line in log.read_text().splitlines()} if log.exists() else set()
+  target = pathlib.Path(output or home)
+  evaluators = setup.evaluators_of(reader, m, target, needed=True)
+  done = {row["step"] for row in observe.read_metrics(target, "eval.jsonl")}
   while True:
-    ended = (pathlib.Path(folder) / setup.DONE).exists()  # asked before the steps, so that the last one is not missed
+    ended = (home / setup.DONE).exists()  # asked before the steps, so that the last one is not missed
     for step in [s for s in checkpointer.steps() if s not in done]:
       try:
         params = runs.weights(m, checkpointer, step)
@@ -61,7 +68,7 @@ def watch(c: ConfigDict | None, *, folder: str, output: str = "") -> None:
           raise
         observe.log.info("Step %d went away while it was read (%s).", step, type(e).__name__)
         continue
-      _run(reader, m, params, step, target, f"{folder} step {step}")
+      _run(evaluators, params, step, target, f"{folder} step {step}")
       done.add(step)
     if ended:
       return
@@ -69,16 +76,11 @@ def watch(c: ConfigDict | None, *, folder: str, output: str = "") -> None:
 
 
 def _open(c: ConfigDict | None, folder: str):
-  if not folder:
-    raise InputError("--workdir=RUN or --model=FOLDER_OR_HUB_ID is missing.")
   reader, m, checkpointer = runs.run(folder)
   return (config.Reader(config.check(ConfigDict(c))) if c is not None else reader), m, checkpointer
 
 
-def _run(c, m, params, step: int, target: pathlib.Path | None, name: str) -> dict[str, float]:
-  evaluators = setup.evaluators_of(c, m, target)
-  if not evaluators:
-    raise InputError("config: evals is empty; add for example c.evals = dict(loss=dict(kind='loss')).")
+def _run(evaluators: list, params, step: int, target: pathlib.Path | None, name: str) -> dict[str, float]:
   values = {f"eval/{e.name}/{k}": v for e in evaluators for k, v in e.run(params, step).items()}
   if target and jax.process_index() == 0:
     target.mkdir(parents=True, exist_ok=True)
@@ -95,9 +97,7 @@ def define() -> types.SimpleNamespace:
     model=flags.DEFINE_string("model", "", "Folder or Hub id of a model, in place of a run."),
     checkpoint=flags.DEFINE_string("checkpoint", "best", "best, latest or a step."),
     watch=flags.DEFINE_bool("watch", False, "Follow the run: evaluate each new checkpoint once."),
-    output=flags.DEFINE_string(
-      "output", "", "Folder of the samples and of eval.jsonl; empty: the run folder, or none for --model."
-    ),
+    output=flags.DEFINE_string("output", "", "Folder for samples and eval.jsonl; empty: the run's, none for --model."),
   )
 
 
@@ -106,6 +106,8 @@ def main(f: types.SimpleNamespace) -> int:
   observe.setup_logging(None)
   observe.compile_cache()
   c = cli.checked(f.config) if f.config.value is not None else None
+  if f.watch.value and f.model.value:
+    raise InputError("--watch follows a run (--workdir); a model of --model does not change.")
   if f.watch.value:
     watch(c, folder=f.workdir.value, output=f.output.value)
   else:

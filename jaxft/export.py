@@ -1,6 +1,8 @@
-"""Exports a run as a Hugging Face folder: python -m jaxft.export --workdir=runs/t5 --output=t5-finetuned [--checkpoint=best]
+"""Exports a run as a Hugging Face folder: python -m jaxft.export --workdir=runs/t5 --output=t5-finetuned
+[--checkpoint=best]
 
-The folder loads with transformers' from_pretrained. What was written is read again, and the largest difference is printed.
+The folder loads with transformers' from_pretrained. What was written is read again, and the largest difference is
+printed.
 """
 
 import pathlib
@@ -38,7 +40,7 @@ def write(m: setup.Model, params: Any, folder: pathlib.Path, *, dtype: str, shar
 
 
 def export(folder: str, output: str, which: str, dtype: str) -> float:
-  """Writes checkpoint `which` of the run in `folder` to `output`; returns the largest difference on reading it again."""
+  """Writes checkpoint `which` of the run in `folder` to `output`; returns the largest difference read back."""
   c, m, checkpointer = runs.run(folder)
   target = pathlib.Path(output)
   if target.exists() and any(target.iterdir()):

@@ -109,16 +109,20 @@ def ignore(hub: str) -> Rule:
 
 
 def resolve(path_or_id: str) -> pathlib.Path:
-  """Returns a model's folder: the local one of that name, else the Hub's files of that id, downloaded or cached."""
+  """Returns a model's folder: the local one of that name, else the Hub's files of ID or ID@REVISION (cached)."""
   path = pathlib.Path(path_or_id).expanduser()
   if path_or_id and path.is_dir():
     return path
-  if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path_or_id):
-    raise InputError(f"{path_or_id}: there is no such folder, and it does not look like a Hub id (NAME or OWNER/NAME).")
+  if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@\w[\w./-]*)?", path_or_id):
+    raise InputError(
+      f"{path_or_id}: there is no such folder, and it does not look like a Hub id (NAME or OWNER/NAME, with @REVISION "
+      "where it is not the main one)."
+    )
+  name, _, revision = path_or_id.partition("@")
   import huggingface_hub  # only where something is fetched
 
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(path_or_id, allow_patterns=list(WANTED)))
+    return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED)))
   except Exception as e:  # its errors have no common parent: HTTP, offline mode, missing repository, disk
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     said = f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
@@ -144,12 +148,36 @@ def read_json(file: pathlib.Path) -> dict:
 
 def tensor_names(folder: pathlib.Path) -> set[str]:
   """Returns the names of all tensors in a model folder."""
-  return set(safetensors.read_folder(pathlib.Path(folder)))
+  return set(_tensors(folder))
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, safetensors.Tensor]:
+  """Returns the tensors of a folder; one without weights that `resolve` downloaded may have pickles on the Hub.
+
+  That is asked here and not in `resolve`, because such a repository is good for its tokenizer. The cache's folders are
+  models--OWNER--NAME/snapshots/COMMIT.
+  """
+  folder = pathlib.Path(folder)
+  if folder.parent.name == "snapshots" and not any(folder.glob("model*.safetensors*")):
+    name, commit = folder.parent.parent.name.removeprefix("models--").replace("--", "/"), folder.name
+    import huggingface_hub  # only where something was fetched
+
+    try:
+      files = huggingface_hub.list_repo_files(name, revision=commit)
+    except Exception:  # offline, or gone; the folder itself is what can be said then
+      files = []
+    if files:
+      source, target = f"'{name}', revision='{commit}'", f"{name.split('/')[-1]}-safetensors"
+      raise InputError(
+        f"{safetensors.no_weights(name, files, source, target)} Another revision of it may hold safetensors, such as a "
+        f"pull request of the Hub's converter (https://huggingface.co/{name}/discussions): {name}@refs/pr/N."
+      )
+  return safetensors.read_folder(folder)
 
 
 def equal(folder: pathlib.Path, one: str, other: str) -> bool:
   """Says whether two tensors of a folder hold the same values; reads until the first difference."""
-  found = safetensors.read_folder(pathlib.Path(folder))
+  found = _tensors(folder)
   return _equal(found[one], found[other])
 
 
@@ -168,7 +196,7 @@ def load(folder: pathlib.Path, rules: Sequence[Rule], shapes: Tree, shardings: T
   slices of one leaf at a time. Raises InputError with all that is missing, unexpected or misshapen.
   """
   flat = trees.flatten(shapes)
-  found = safetensors.read_folder(pathlib.Path(folder))
+  found = _tensors(folder)
   tensors = _match(pathlib.Path(folder), rules, flat, found)
   where = trees.flatten(shardings) if shardings is not None else {}
   default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,11 +1,10 @@
 """Trains: python -m jaxft.main --config=configs/t5.py --workdir=runs/t5 [--config.optimizer.lr=3e-4 ...]
 
-Runs on whatever JAX finds (TPU, GPU, CPU). The same command goes on where an earlier one was stopped. Exit codes: 0 done,
-2 bad config or input, 41 cluster, 42 preempted and saved (run it again), 43 numbers, 44 storage or data.
+Runs on what JAX finds (TPU, GPU, CPU). The same command goes on where an earlier one stopped. Exit codes: 0 done, 2 bad
+config or input, 41 cluster, 42 preempted and saved (run it again), 43 numbers, 44 storage or data.
 """
 
 import contextlib
-import json
 import pathlib
 import shlex
 import sys
@@ -23,18 +22,16 @@ from jaxft.train import loop, step, workdir
 
 
 def train(c: ConfigDict, folder: str) -> loop.Outcome:
-  """Trains as the config `c` says in the run folder `folder`, or goes on there; returns the outcome.
-
-  Writes config.json, metrics.jsonl, TensorBoard events, checkpoints/, samples/, export/, report.html and README.md there.
-  """
+  """Trains as `c` says in the run folder `folder`, or goes on there; what is left there is told in the README."""
   config.check(c)
   setup.cluster()
-  home = workdir.probe(pathlib.Path(folder).absolute())  # Orbax takes absolute paths only
+  home = workdir.probe(workdir.path(folder))
   main = jax.process_index() == 0
   observe.setup_logging(home, main=main)
-  with workdir.Lock(home) if main else contextlib.nullcontext():
-    workdir.check_workdir(home, config.to_json(c))
-    return _train(config.Reader(c), c, home, main)
+  with workdir.held(home, config.to_json(c), main), runs.ending(home, main) as mark:
+    outcome = _train(config.Reader(c), c, home, main)
+    mark(outcome.reason, outcome.step)
+    return outcome
 
 
 def _train(c: config.Reader, whole: ConfigDict, home: pathlib.Path, main: bool) -> loop.Outcome:
@@ -49,45 +46,49 @@ def _train(c: config.Reader, whole: ConfigDict, home: pathlib.Path, main: bool) 
   if c.unread():
     raise InputError(f"config: nothing reads {', '.join(c.unread())}; remove it.")
   if main:
-    runs.keep(m, home)
-    (home / setup.DONE).unlink(missing_ok=True)
+    runs.keep(m, home, [t["input"] for t in data.report["tasks"]])
   observe.log.info("%s", setup.summary(m, t))
   seen = data_report.make(data, batches, m.tokenizer)
   if main:
     (home / "data_report.txt").write_text(data_report.text(seen) + "\n", encoding="utf-8")
   observe.log.info("\n%s\n", data_report.text(seen, color=sys.stderr.isatty()))
 
-  state, earlier = _state(c, m, t, checkpointer)
+  state, earlier = _state(c, m, t, checkpointer, data.folder.name)
   host, hosts = setup.feed(m, c.batch)
   observer = observe.Observer(home, start=int(state.step), **observing)
   with loop.Signals() as signals, contextlib.closing(observer):
     outcome = loop.train(
       t.step, state, lambda a, b: batches.stream(a, b, host, hosts), plan, put=setup.put(m, c.batch),
-      example_ids=batches.example_ids, evaluators=evals, stop=judge, checkpointer=checkpointer, observer=observer,
-      signals=signals, evals=earlier)  # fmt: skip
-  best = checkpointer.best_step()
-  params = step.whole(outcome.state) if best in (None, outcome.step) else runs.weights(m, checkpointer, best)
+      examples=setup.examples(data, batches), evaluators=evals, stop=judge, checkpointer=checkpointer,
+      observer=observer, signals=signals, evals=earlier)  # fmt: skip
+  best, params = runs.best_of(m, checkpointer, outcome)
   export.write(m, params, home / "export", **last)
   if main:
     _report(home, whole, outcome, best, seen)
   return outcome
 
 
-def _state(c: config.Reader, m: setup.Model, t: setup.Trainer, checkpointer) -> tuple[step.TrainState, loop.Evals]:
-  """Returns the state of the last good checkpoint with its evaluations, or that of step 0."""
+def _state(c: config.Reader, m: setup.Model, t: setup.Trainer, checkpointer, data: str) -> tuple:
+  """Returns (state, evaluations) of the last good checkpoint, or those of step 0; `data` names the training data."""
   restored = checkpointer.restore(t.abstract)
   if not restored:
     return step.init_state(setup.load(m, c.seed), c.seed, t.tx, t.abstract), []
   state, meta = restored
+  if meta["data"] != data:
+    raise InputError(
+      f"data.train (or the tokenizer, or how it is cleaned) is not what step {int(state.step)} of this work directory "
+      "was trained on. Put it back as it was, or give another --workdir; to train on from these weights, set "
+      "model.init to an export of this run."
+    )
   observe.log.info("Going on from the checkpoint of step %d.", int(state.step))
   return state, loop.evals_of(meta)
 
 
-def _report(home: pathlib.Path, whole: ConfigDict, outcome: loop.Outcome, best: int | None, seen: dict) -> None:
-  ended = dict(ended=outcome.reason, step=outcome.step)
+def _report(home: pathlib.Path, whole: ConfigDict, outcome: loop.Outcome, best: int, seen: dict) -> None:
+  ended = dict(ended=outcome.reason, step=outcome.step, exported_step=best)
   facts = {
     "Differs from the defaults": {k: v for k, (_, v) in config.differences(whole).items()},
-    "Outcome": {**ended, "exported_step": outcome.step if best is None else best},
+    "Outcome": ended,
     "Data": data_report.text(seen),
   }
   report.write(home, title=f"Run {home.name}", command=f"python -m jaxft.main {shlex.join(sys.argv[1:])}", facts=facts)
@@ -96,15 +97,12 @@ def _report(home: pathlib.Path, whole: ConfigDict, outcome: loop.Outcome, best: 
   for name, pairs in report.before_and_after(home, 4).items():
     observe.log.info("%s\n", display.examples(f"Examples of {name}", pairs))
   observe.log.info("Curves and samples: %s; the model: %s", home / "report.html", home / "export")
-  (home / setup.DONE).write_text(json.dumps(ended) + "\n")
 
 
 def define() -> types.SimpleNamespace:
   return types.SimpleNamespace(
     config=cli.define_config(),
-    workdir=flags.DEFINE_string(
-      "workdir", "", "Folder of the run; empty: runs/<config>-<time>. The same folder again: go on."
-    ),
+    workdir=flags.DEFINE_string("workdir", "", "Folder of the run; empty: runs/CONFIG-TIME. The same again: go on."),
   )
 
 

@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -149,9 +150,9 @@ def environment() -> dict[str, Any]:
   )
 
 
-def read_metrics(folder: str | pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the objects of folder/metrics.jsonl in order; a half written last line is left out."""
-  path = pathlib.Path(folder) / "metrics.jsonl"
+def read_metrics(folder: str | pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+  """Returns the objects of a file of metrics in order; a half written last line is left out."""
+  path = pathlib.Path(folder) / name
   rows = []
   for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
     try:
@@ -183,6 +184,8 @@ class MetricsWriter:
       fresh.write_text("".join(_line(row) for row in kept), encoding="utf-8")
       os.replace(fresh, path)
       self._file = open(path, "ab", buffering=0)  # a line is one write: a kill leaves whole lines
+      if not start:
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of a process that died before its first checkpoint
       if tensorboard:
         self._events = _event_writer(folder / "tensorboard", start)
     except OSError as e:
@@ -326,32 +329,31 @@ class Meter:
   """Counts steps, tokens and seconds between two lines of metrics; `exclude` takes evaluations and saves out of the
   time.
 
-  `flops` of a step and `peak` FLOP/s are those of all devices together; 0 means unknown, and then MFU is None.
+  FLOPs and `peak` FLOP/s are those of all devices together; 0 means unknown, and then MFU is None.
   """
 
-  def __init__(self, *, flops: float, peak: float):
-    self._flops, self._peak = flops, peak
+  def __init__(self, *, peak: float):
+    self._peak = peak
     self._tokens: dict[int, tuple[float, float]] = {}  # step -> (real, padded), noted when its batch was made
     self.reset()
 
   def reset(self) -> None:
     self._since, self._wait, self._out = time.perf_counter(), 0.0, 0.0
-    self._steps, self._real, self._padded, self._target = 0, 0.0, 0.0, 0.0
+    self._steps, self._real, self._padded, self._target, self._work = 0, 0.0, 0.0, 0.0, 0.0
 
   def batch(self, step: int, real: float, padded: float, waited: float) -> None:
     """Notes the tokens of the batch of `step` and the seconds for which the loop waited for it."""
     self._tokens[step] = (real, padded)
     self._wait += waited
 
-  def done(self, step: int, target: float) -> None:
-    """Notes that `step` has left the device."""
+  def done(self, step: int, target: float, flops: float) -> None:
+    """Notes that `step` has left the device, with its target tokens and FLOPs."""
     real, padded = self._tokens.pop(step, (0.0, 0.0))
-    self._steps, self._real, self._padded, self._target = (
-      self._steps + 1,
-      self._real + real,
-      self._padded + padded,
-      self._target + target,
-    )
+    self._steps += 1
+    self._real += real
+    self._padded += padded
+    self._target += target
+    self._work += flops
 
   def exclude(self, seconds: float) -> None:
     self._out += seconds
@@ -370,7 +372,7 @@ class Meter:
       target_tokens_per_second=self._target / seconds,
       step_time=step_time,
       data_wait=min(self._wait / seconds, 1.0),
-      mfu=self._flops / step_time / self._peak if self._flops and self._peak and self._steps else None,
+      mfu=self._work / seconds / self._peak if self._work and self._peak else None,
       eta=left * step_time,
     )
     self.reset()

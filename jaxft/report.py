@@ -109,7 +109,7 @@ def _panel(axes: Any, name: str, keys: Sequence[str], rows: Mapping[str, Sequenc
           COLORS[(i if len(rows) > 1 else j) % len(COLORS)],
           _label(label, key, len(rows), len(keys)),
           dashed=len(rows) > 1 and j > 0,
-          value=len(keys) == 1 and i == 0,
+          value=len(keys) == 1,
         )
         low, high, drawn = [*low, np.min(y)], [*high, np.max(y)], drawn + 1
   axes.set_title(name)
@@ -119,7 +119,9 @@ def _panel(axes: Any, name: str, keys: Sequence[str], rows: Mapping[str, Sequenc
   axes.margins(y=0.15)
   if name.startswith(("loss", "gradient norm", "perplexity")) and low and min(low) > 0 and max(high) / min(low) > 20:
     axes.set_yscale("log")
-  elif name in ("tokens per second", "time waiting for data", "MFU"):
+  elif name in ("tokens per second", "time waiting for data", "MFU") or (
+    low and 0 <= min(low) < 0.3 * max(high) and not name.startswith(("loss", "learning rate"))
+  ):
     axes.set_ylim(0, 1.15 * max([*high, 1e-3]))
   if name == "tokens per second":
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}"))

@@ -1,27 +1,61 @@
 """Run folders as their readers see them: the model training left there, its checkpoints, and which of them to take."""
 
+import contextlib
 import json
 import logging
 import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from jaxft import config, setup, sharding, trees
+from jaxft import config, hub, setup, sharding, trees
 from jaxft.config import Reader
-from jaxft.errors import InputError
-from jaxft.train import checkpoint
+from jaxft.data import clean
+from jaxft.errors import InputError, NumbersError, StorageError
+from jaxft.train import checkpoint, loop, workdir
+from jaxft.train import step as train_step
 
 log = logging.getLogger("jaxft")
 
 
-def keep(m: setup.Model, home: pathlib.Path) -> None:
-  """Writes what a reader of the run needs beside the weights into home/model: the config.json files, the tokenizer."""
+TASK = "task.json"  # in setup.MODEL: the templates of the inputs, as the columns of the data have called for them
+
+
+def keep(m: setup.Model, home: pathlib.Path, templates: Sequence[Any]) -> None:
+  """Writes what a reader of the run needs beside the weights into home/model: the config.json files, the tokenizer, the
+  templates of the inputs."""
   folder = home / setup.MODEL
   folder.mkdir(exist_ok=True)
   m.tokenizer.save(folder)
-  for name, value in (("generation_config.json", setup.generation_config(m)), ("config.json", m.skeleton.json)):
+  jsons = {
+    "generation_config.json": setup.generation_config(m),
+    TASK: dict(inputs=templates),
+    "config.json": m.skeleton.json,
+  }
+  for name, value in jsons.items():
     (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def ending(home: pathlib.Path, main: bool) -> Iterator[Callable[[str, int], None]]:
+  """Gives what marks the run in `home` as ended, for those who follow it: mark(why, step).
+
+  An end that running again would not change, in exit code 43 or 44, marks the run too. Only the `main` process writes.
+  """
+
+  def mark(why: str, step: int | None) -> None:
+    if main:
+      (home / setup.DONE).write_text(json.dumps(dict(ended=why, step=step)) + "\n")
+
+  if main:
+    (home / setup.DONE).unlink(missing_ok=True)
+  try:
+    yield mark
+  except (NumbersError, StorageError) as e:
+    with contextlib.suppress(OSError):  # of a disk that failed; the error that is on its way says so
+      mark(f"exit code {e.code}", None)
+    raise
 
 
 def run(folder: str, dtype: str = "auto") -> tuple[Reader, setup.Model, checkpoint.Checkpointer]:
@@ -29,7 +63,7 @@ def run(folder: str, dtype: str = "auto") -> tuple[Reader, setup.Model, checkpoi
 
   Where the run's mesh does not fit the devices here, the default mesh takes its place.
   """
-  home = pathlib.Path(folder).absolute()  # Orbax takes absolute paths only
+  home = workdir.path(folder)
   if not (home / "config.json").exists() or not (home / setup.MODEL).exists():
     raise InputError(
       f"{folder} is not a run folder: it has no config.json and {setup.MODEL}/, which training writes at its start."
@@ -57,6 +91,10 @@ def pick(checkpointer: checkpoint.Checkpointer, which: str) -> int:
     raise InputError(f"{checkpointer.folder} has no checkpoint yet.")
   if which in ("best", "latest"):
     best = checkpointer.best_step() if which == "best" else None
+    if which == "best" and best is None:
+      metric = checkpointer.best
+      why = f"no checkpoint holds {metric}" if metric else "the run's config names no metric in save.best"
+      log.info("Step %d, the latest, is taken for the best: %s.", steps[-1], why)
     return steps[-1] if best is None else best
   if not which.isdigit() or int(which) not in steps:
     raise InputError(f"--checkpoint={which}: it is best, latest or one of the steps {', '.join(map(str, steps))}.")
@@ -81,23 +119,38 @@ def weights(m: setup.Model, checkpointer: checkpoint.Checkpointer, step: int) ->
   return params
 
 
-def for_decoding(name: str, which: str, dtype: str) -> tuple[setup.Model, Any, str]:
-  """Returns (model, weights, input template) of a run folder or of a Hugging Face folder or Hub id (template "")."""
+def best_of(m: setup.Model, checkpointer: checkpoint.Checkpointer, outcome: loop.Outcome) -> tuple[int, Any]:
+  """Returns (step, parameters) of the best checkpoint of a run that has just ended; without one, what it ended with."""
+  best = checkpointer.best_step()
+  if best not in (None, outcome.step):
+    try:
+      return best, weights(m, checkpointer, best)
+    except StorageError as e:
+      log.warning("%s The last step is exported in place of the best one.", e)
+  return outcome.step, train_step.whole(outcome.state)
+
+
+def for_decoding(name: str, which: str, dtype: str) -> tuple[setup.Model, Any, list, clean.Options]:
+  """Returns (model, weights, input templates, what is done to each field) of a run folder, with which it was trained,
+  or of a Hugging Face folder or Hub id: {input}, stripped.
+  """
   home = pathlib.Path(name)
   if (home / setup.MODEL / "config.json").exists():
     c, m, checkpointer = run(name, dtype)
-    return m, weights(m, checkpointer, pick(checkpointer, which)), c.task["input"]
+    templates = hub.read_json(home / setup.MODEL / TASK)["inputs"]
+    return m, weights(m, checkpointer, pick(checkpointer, which)), templates, setup.cleaning(c)
   c = config.base()
   c.model.init, c.model.dtype = name, dtype
   c.model.params_dtype = setup.activations(dtype).name
-  m = setup.model(Reader(c))
-  return m, setup.load(m, 0), ""
+  c = Reader(c)
+  m = setup.model(c)
+  return m, setup.load(m, 0), ["{input}"], setup.cleaning(c)
 
 
 def answer_length(m: setup.Model, given: dict) -> dict:
   """Returns `given` with a length, where neither it nor the model's own generation_config.json has one."""
   own = setup.generation_config(m)
-  if given.get("length") is None and not {"max_new_tokens", "max_length"} & own.keys():
+  if given.get("length") is None and all(own.get(k) is None for k in ("max_new_tokens", "max_length")):
     log.info("The model names no length for its answers; at most 256 new tokens (--max_new_tokens).")
     return {**given, "length": 256}
   return given

@@ -115,7 +115,9 @@ def read_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   if (folder / SINGLE).exists():
     return read_header(folder / SINGLE)
   if not index.exists():
-    raise InputError(_no_weights(folder))
+    raise InputError(
+      no_weights(str(folder), [p.name for p in folder.glob("*")], f"'{folder}'", f"{folder}-safetensors")
+    )
   try:
     files = json.loads(index.read_text())["weight_map"]
     shards = sorted(set(files.values()))
@@ -143,18 +145,20 @@ def read_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   return found
 
 
-def _no_weights(folder: pathlib.Path) -> str:
-  pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-  others = sorted(p.name for pattern in ("*.h5", "*.msgpack", "*.safetensors") for p in folder.glob(pattern))
+def no_weights(where: str, files: Iterable[str], source: str, target: str) -> str:
+  """Returns what is wrong with a folder or repository of `files`; transformers would convert `source` into `target`."""
+  files = sorted(files)
+  pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+  others = [f for f in files if f.endswith((".h5", ".msgpack", ".safetensors"))]
   if pickles:
     return (
-      f"{folder} holds its weights as a pickle ({', '.join(pickles[:3])}), which can run any code when it is "
+      f"{where} holds its weights as a pickle ({', '.join(pickles[:3])}), which can run any code when it is "
       "opened; jaxft reads safetensors only. Convert it where torch and transformers are installed: python -c "
-      f"\"from transformers import AutoModelForSeq2SeqLM as M; M.from_pretrained('{folder}')"
-      f".save_pretrained('{folder}-safetensors')\", and copy the tokenizer files over."
+      f'"from transformers import AutoModelForSeq2SeqLM as M; M.from_pretrained({source})'
+      f".save_pretrained('{target}')\", and copy the tokenizer files over."
     )
   held = f"; it holds {', '.join(others[:5])}" if others else ""
-  return f"{folder} has neither {SINGLE} nor {INDEX}{held}. Give a Hugging Face model folder."
+  return f"{where} has neither {SINGLE} nor {INDEX}{held}. Give a Hugging Face model folder."
 
 
 def write(

@@ -1,9 +1,11 @@
 """From a config to the things a binary needs: the only place that unpacks one. Everything below takes arguments."""
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import jaxft
 from jaxft import flops, hub, observe, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import cache, clean, pipeline, tasks, tokens
+from jaxft.data import report as data_report
 from jaxft.errors import ClusterError, InputError, did_you_mean
 from jaxft.eval import evaluators
 from jaxft.families import registry
@@ -31,12 +34,13 @@ ASSETS = pathlib.Path(jaxft.__file__).parent / "assets"
 def cluster() -> None:
   """Joins the other processes of the job, where there are any.
 
-  JAXFT_COORDINATOR=host:port with JAXFT_PROCESSES and JAXFT_PROCESS names them by hand; on a TPU pod slice and in a SLURM step of
-  several tasks JAX finds them itself. Raises ClusterError where that fails.
+  JAXFT_COORDINATOR=host:port with JAXFT_PROCESSES and JAXFT_PROCESS names them by hand; on TPU VMs and in a SLURM step
+  of several tasks JAX finds them itself. Raises ClusterError where that fails.
   """
   by_hand = os.environ.get("JAXFT_COORDINATOR")
-  found = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1
-  if not (by_hand or found or os.environ.get("JAX_COORDINATOR_ADDRESS")):
+  found = int(os.environ.get("SLURM_NTASKS", 1)) > 1 or os.environ.get("JAX_COORDINATOR_ADDRESS")
+  tpu = _tpu_here()
+  if not (by_hand or found or tpu):
     return
   try:
     if by_hand:
@@ -44,10 +48,20 @@ def cluster() -> None:
     else:
       jax.distributed.initialize()
   except (KeyError, ValueError, RuntimeError) as e:
+    if tpu and not (by_hand or found) and "coordinator_address" in str(e):  # jax knows no cluster of this kind
+      log.info("A TPU without a cluster that JAX knows; this process works alone.")
+      return
     raise ClusterError(
       f"cluster: {type(e).__name__}: {e}. JAXFT_COORDINATOR=host:port, JAXFT_PROCESSES (how many) and "
       "JAXFT_PROCESS (this one, from 0) name the processes by hand."
     ) from e
+
+
+def _tpu_here() -> bool:
+  """Says whether this host has TPU chips and the library for them; asked before any backend of JAX starts."""
+  wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
+  chips = [*pathlib.Path("/dev").glob("accel[0-9]*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
+  return "tpu" in wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +107,15 @@ def floating(key: str, dtype: str, known: tuple[str, ...] = ("float32", "bfloat1
 
 
 def model(c: Reader, home: pathlib.Path | None = None) -> Model:
-  """Returns the model of `c.model`; with `home`, a run folder, as training left it there (no weights are needed for that)."""
+  """Returns the model of `c.model`; with `home`, a run folder, as training left it there (no weights are needed for
+  that).
+  """
   mesh, rules = sharding.make_mesh(c.mesh), dict(c.rules)
   init, given, named = c.model.init, c.model.config, c.model.tokenizer
   if bool(init) == bool(given):
     raise InputError(
-      "config: give either model.init (a folder or Hub id to start from) or model.config=dict(model_type=..., ...) (fresh weights)"
-      f"; there {'are both' if init else 'is neither'}."
+      "config: give either model.init (a folder or Hub id to start from) or model.config=dict(model_type=..., ...) "
+      f"(fresh weights); there {'are both' if init else 'is neither'}."
     )
   folder = locate(init) if init and home is None else None
   described = hub.read_json(home / MODEL / "config.json") if home else registry.read_config(folder) if folder else given
@@ -107,6 +123,9 @@ def model(c: Reader, home: pathlib.Path | None = None) -> Model:
     raise InputError("config: model.tokenizer is empty; fresh weights need the folder or Hub id of a tokenizer.")
   source = home / MODEL if home else locate(named) if named else folder
   tokenizer = tokens.load(str(source))
+  if activations(c.model.dtype) == jnp.float32:
+    # float32 asked for is float32 meant: GPUs and TPUs would multiply in TF32 and bfloat16, a relative error of 1e-3
+    jax.config.update("jax_default_matmul_precision", "highest")
   how = dict(
     dtype=activations(c.model.dtype),
     params_dtype=floating("model.params_dtype", c.model.params_dtype),
@@ -138,6 +157,11 @@ def load(m: Model, seed: int) -> Any:
   return jax.jit(lambda p: registry.resize(m.stored.json, p, vocab)[1], out_shardings=m.shardings)(params)
 
 
+def cleaning(c: Reader) -> clean.Options:
+  names = ("strip", "unicode", "min_chars", "max_chars", "max_ratio", "dedup")
+  return clean.Options(**{k: getattr(c.data.clean, k) for k in names})
+
+
 def store(c: Reader, tokenizer: tokens.Tokenizer, source: Any, key: str, limit: int = 0) -> cache.Store:
   """Returns the tokenised examples of `source`; `key` names it in messages."""
   if not source:
@@ -148,14 +172,11 @@ def store(c: Reader, tokenizer: tokens.Tokenizer, source: Any, key: str, limit: 
   wrong = sorted(set(t) - {"kind", "input", "target"})
   if wrong:
     raise InputError(f"config: task.{wrong[0]} does not exist{did_you_mean(wrong[0], ('kind', 'input', 'target'))}.")
-  tidy = clean.Options(
-    **{k: getattr(d.clean, k) for k in ("strip", "unicode", "min_chars", "max_chars", "max_ratio", "dedup")}
-  )
   return cache.open_or_build(
     source,
     tokenizer=tokenizer,
     task=tasks.Task(t["kind"], t["input"], t["target"]),
-    clean=tidy,
+    clean=cleaning(c),
     lengths=d.lengths,
     too_long=d.too_long,
     too_long_share=d.too_long_share,
@@ -177,6 +198,11 @@ def batches(c: Reader, data: cache.Store, m: Model) -> pipeline.Batches:
     buckets=tuple(c.data.buckets),
     shuffle=True,
   )
+
+
+def examples(data: cache.Store, made: pipeline.Batches) -> Callable[[int], list[str]]:
+  """Returns the function that says where the examples of a step come from: file and line, or data set and row."""
+  return lambda step: [data.where(i) for i in made.example_ids(step)]
 
 
 def total_steps(c: Reader, data: pipeline.Batches) -> int:
@@ -239,17 +265,29 @@ def trainer(c: Reader, m: Model, steps: int) -> Trainer:
   return Trainer(jitted, abstract, tx, steps, one(m.plain))
 
 
-def evaluators_of(c: Reader, m: Model, home: pathlib.Path | None) -> list:
-  """Returns the evaluators of `c.evals`; samples go to home/samples."""
+def evaluators_of(c: Reader, m: Model, home: pathlib.Path | None, *, needed: bool = False) -> list:
+  """Returns the evaluators of `c.evals`; samples go to home/samples. `needed`: that there are none is an InputError."""
   made = []
+  if needed and not c.evals:
+    raise InputError("config: evals is empty; add for example c.evals = dict(loss=dict(kind='loss')).")
   for name, e in c.evals.items():
+    if e["every"] < 0:
+      raise InputError(f"config: evals.{name}.every is {e['every']}; it is a number of steps, or 0 for the end alone.")
     made.append(_evaluator(c, m, home, name, e))
     made[-1].start = e["start"]
   return made
 
 
 def _evaluator(c: Reader, m: Model, home: pathlib.Path | None, name: str, e: dict) -> Any:
+  if isinstance(e["data"], dict) and (c.task["input"], c.task["target"]) == tasks.DEFAULTS:
+    raise InputError(
+      f"config: evals.{name}.data is a dict of parallel files, whose order a config does not keep here; say which "
+      f"column is which: task.input='{{{next(iter(e['data']))}}}' and so on."
+    )
   data = store(c, m.tokenizer, e["data"] or c.data.validation, f"data.validation (or evals.{name}.data)", e["limit"])
+  said = data_report.notice(data.report)
+  if said:
+    log.warning("The data of evals.%s: %s.", name, said)
   if e["kind"] == "loss":
     rows = evaluators.whole_batch(e["batch"], m.mesh, m.rules)
     once = pipeline.Batches(
@@ -299,21 +337,25 @@ def early_stop(c: Reader) -> loop.EarlyStop:
 
 
 def plan(c: Reader, t: Trainer, batches: pipeline.Batches, m: Model) -> loop.Plan:
-  """Returns the numbers of the loop; FLOPs are counted from the program of the step."""
+  """Returns the numbers of the loop; FLOPs are counted from the program of the step, for each shape of a batch."""
+  out = dict(log_every=c.log.every, save_every=c.save.every, save_minutes=c.save.minutes, skip=c.numbers.skip)
+  for (name, value), key in zip(out.items(), ("log.every", "save.every", "save.minutes", "numbers.skip")):
+    if value < (name == "log_every"):
+      raise InputError(f"config: {key} is {value}; it is {'at least 1' if name == 'log_every' else '0 (off) or more'}.")
   peak, source = flops.peak(jax.devices()[0], m.skeleton.dtype)
-  shape = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batches.host_batch(0, 0, 1).items()}
-  work = flops.count(t.plain, t.abstract, shape)
-  log.info("A step takes %.3g FLOPs; peak of a device %.3g FLOP/s (%s).", work, peak, source)
-  return loop.Plan(
-    steps=t.steps,
-    epoch_steps=batches.steps(1),
-    log_every=c.log.every,
-    save_every=c.save.every,
-    save_minutes=c.save.minutes,
-    skip=c.numbers.skip,
-    flops=work,
-    peak=peak * jax.device_count(),
+  work = [flops.count(t.plain, t.abstract, _of_shape(batches.host_batch(0, 0, 1), s)) for s in batches.shapes]
+  of = lambda step: work[batches.bucket(step)]
+  log.info(
+    "A step takes %s FLOPs; peak of a device %.3g FLOP/s (%s).", " or ".join(f"{w:.3g}" for w in work), peak, source
   )
+  return loop.Plan(
+    steps=t.steps, epoch_steps=batches.steps(1), flops=of, peak=peak * jax.device_count(), **out)  # fmt: skip
+
+
+def _of_shape(batch: dict[str, np.ndarray], lengths: tuple[int, int]) -> dict:
+  """Returns the abstract leaves of a batch with `lengths` of (inputs, targets)."""
+  length = lambda name: lengths[0] if name.startswith("input") else lengths[1]
+  return {k: jax.ShapeDtypeStruct((x.shape[0], length(k)), x.dtype) for k, x in batch.items()}
 
 
 def feed(m: Model, batch: int) -> tuple[int, int]:
@@ -340,11 +382,11 @@ def summary(m: Model, t: Trainer) -> str:
   trained, all_ = trees.count(o.params), trees.count(s.shapes)
   devices = jax.devices()
   lines = [
-    f"model     {s.json['model_type']} with {all_ / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M of them trained, from "
-    f"{m.folder or 'fresh weights'}",
+    f"model     {s.json['model_type']} with {all_ / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M of them trained, "
+    f"from {m.folder or 'fresh weights'}",
     f"devices   {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es); mesh "
     + " ".join(f"{k}={v}" for k, v in m.mesh.shape.items()),
-    f"numbers   activations {s.dtype.name}, weights {np.dtype(next(iter(trees.flatten(s.shapes).values())).dtype).name}; state "
+    f"numbers   activations {s.dtype.name}, weights {np.dtype(jax.tree.leaves(s.shapes)[0].dtype).name}; state "
     f"{trees.nbytes(o) / 2**20:,.0f} MiB over all devices",
     f"steps     {t.steps:,}",
   ]

@@ -1,6 +1,6 @@
 """The config of the road's tests: a tiny byte-level T5 on a few rows, every number nobody's default.
 
-python -m jaxft.main --config=configs/... is what it stands in for. The argument is the folder with train.jsonl and dev.jsonl.
+It stands in for a file of configs/. The argument is the folder with train.jsonl and dev.jsonl.
 """
 
 from jaxft import config
@@ -37,6 +37,6 @@ def get_config(folder: str = "."):
   c.optimizer.update(lr=3e-3, schedule="cosine", warmup=2, decay=0.01)
   c.loss.update(label_smoothing=0.03, z_loss=1e-4)
   c.evals = dict(loss=dict(kind="loss", every=6, batch=4), text=dict(kind="generate", batch=5, length=12, samples=3))
-  c.save.update(every=3, keep=2, best="eval/loss/loss")
+  c.save.update(every=3, keep=2, best="eval/loss/loss", mode="max")  # so that the best is not the last
   c.log.every = 1
   return c

@@ -1,4 +1,4 @@
-"""The schema of a config: unknown keys are errors with a suggestion, every config file loads, every key is read.
+"""The schema of a config: unknown keys are errors with a suggestion, every config file loads and its step compiles.
 
 Catches: a key added to `base` that setup does not read, a check that lets misspelt or foreign keys through.
 """
@@ -6,13 +6,14 @@ Catches: a key added to `base` that setup does not read, a check that lets missp
 import pathlib
 import re
 
+import jax
 import ml_collections
 import pytest
 
-from jaxft import config
+from jaxft import config, setup
 from jaxft.errors import InputError
 
-ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
 def test_unknown_key_says_what_was_meant():
@@ -60,15 +61,60 @@ def test_reader_names_what_was_not_read():
   assert r.unread() == ["b.d"]
 
 
-def arguments(path):
-  """The arguments that a config file offers: the keys of its table of sizes, and none."""
-  return [""] + re.findall(r"^\s+\"?([\w.-]+)\"?\s*[:=]\s*dict\(", path.read_text(), re.M)
+def test_groups_given_as_a_dict_are_completed():
+  c = config.base()
+  c.optimizer = dict(name="lion", lr=1)
+  c.task = dict(kind="seq2seq", input="{a}")
+  c.data = dict(train="a.jsonl")
+  config.check(c)
+  assert (c.optimizer.lr, c.optimizer.schedule, c.task.target, c.data.lengths.inputs) == (1, "linear", "{target}", 512)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_config_files_load(path):
+WRONG = {  # words of the message -> a change
+  "optimizer.lr is '3e-4', of type str": dict(optimizer=dict(lr="3e-4")),
+  "data.pack is 1, of type int; it takes a bool": dict(data=dict(pack=1)),
+  "save is 5; it is a group: dict(best=": dict(save=5),
+  "trainable is '.*', of type str": dict(trainable=".*"),
+  "write evals.bleu = dict(kind=...)": dict(evals=dict(bleu=None)),
+  "evals.bleu is 'generate'; write dict(kind='generate')": dict(evals=dict(bleu="generate")),
+  "evals.bleu.every is '5', of type str": dict(evals=dict(bleu=dict(kind="generate", every="5"))),
+}
+
+
+@pytest.mark.parametrize("says", WRONG)
+def test_values_of_another_type_are_refused(says):
+  c = ml_collections.ConfigDict({**config.base().to_dict(), **WRONG[says]})
+  with pytest.raises(InputError, match=re.escape(says)):
+    config.check(c)
+
+
+def load(path):
   space = {}
   exec(compile(path.read_text(), path, "exec"), space)
-  config.check(space["get_config"]())
+  return space
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_config_files_load_with_every_argument(path):
+  space = load(path)
+  for arg in ("", "scratch", *space["HUB"]) if "HUB" in space else ("",):
+    config.check(space["get_config"](arg))
+  if "HUB" in space:
+    with pytest.raises(InputError, match="did you mean 't5-base'"):
+      space["get_config"]("t5-bas")
   assert "python -m jaxft.main --config=configs/" in space["__doc__"]
   assert len(path.read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_steps_of_config_files_compile(path, tmp_path):
+  """The real step at its real size; the built-in data is cut to a few rows, and the compiler does the least it can."""
+  c = load(path)["get_config"]()
+  c.data.limit, c.data.cache, c.mesh = 40, str(tmp_path), dict(data=2, fsdp=2, tensor=2)
+  c = config.Reader(config.check(c))
+  m = setup.model(c)
+  batches = setup.batches(c, setup.store(c, m.tokenizer, c.data.train, "data.train", c.data.limit), m)
+  t = setup.trainer(c, m, setup.total_steps(c, batches))
+  batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batches.host_batch(0, 0, 1).items()}
+  lowered = t.step.lower(t.abstract, batch)
+  assert lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis().temp_size_in_bytes > 0

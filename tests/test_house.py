@@ -1,6 +1,7 @@
 """The house: which floor may import which, how long a file and a function may be. Reads the source, runs nothing.
 
-Catches: an upward or sideways import, an import of our own hidden in a function, a cycle, a heavy package outside its door.
+Catches: an upward or sideways import, an import of our own hidden in a function, a cycle, a heavy package outside its
+door.
 """
 
 import ast
@@ -131,7 +132,8 @@ def test_no_cycles_and_depth():
 
 def test_training_floors_import_without_tensorflow():
   code = (
-    "import sys; sys.modules.update(dict.fromkeys(['tensorflow','datasets','tensorflow_datasets','torch','transformers']));"
+    "import sys; sys.modules.update(dict.fromkeys("
+    "['tensorflow','datasets','tensorflow_datasets','torch','transformers']));"
     "import jaxft.hub, jaxft.families.registry, jaxft.train.loop, jaxft.train.step, jaxft.infer.generate"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -266,6 +266,64 @@ def test_resolve(tmp_path, monkeypatch):
     hub.resolve("somebody/no-such-model-here")
 
 
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+  """A Hub with one repository, in the layout of the cache; returns (files it has, what was asked)."""
+  import huggingface_hub
+
+  files, asked = ["config.json", "pytorch_model.bin", "spiece.model"], []
+  folder = tmp_path / "models--owner--a-model" / "snapshots" / "c0ffee"
+  folder.mkdir(parents=True)
+
+  def download(name, *, revision, allow_patterns):
+    asked.append((name, revision))
+    return str(folder)
+
+  def listed(name, *, revision):
+    asked.append((name, revision))
+    if not files:
+      raise OSError("offline")
+    return files
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)
+  return files, asked
+
+
+def test_pickles_of_a_repository_are_refused_with_the_way_out(repository):
+  """What was not downloaded is asked for, where weights are wanted; a tokenizer may come from such a repository."""
+  files, asked = repository
+  folder = hub.resolve("owner/a-model")
+  assert asked == [("owner/a-model", None)]
+  with pytest.raises(InputError) as e:
+    hub.tensor_names(folder)
+  for part in (
+    "owner/a-model holds its weights as a pickle (pytorch_model.bin)",
+    "M.from_pretrained('owner/a-model', revision='c0ffee').save_pretrained('a-model-safetensors')",
+    "owner/a-model@refs/pr/N",
+  ):
+    assert part in str(e.value), part
+  assert asked[1:] == [("owner/a-model", "c0ffee")]
+  files[:] = ["tf_model.h5"]
+  with pytest.raises(InputError, match="owner/a-model has neither .* holds tf_model.h5"):
+    hub.load(folder, RULES, shapes(), None)
+  files.clear()
+  with pytest.raises(InputError, match="c0ffee has neither"):
+    hub.tensor_names(folder)
+  write(folder, theirs(params()))
+  del asked[:]
+  assert "norm.weight" in hub.tensor_names(folder) and not asked
+
+
+def test_revisions(repository):
+  for name in ("owner/a-model@refs/pr/3", "a-model@v1.0-b"):
+    hub.resolve(name)
+  assert repository[1] == [("owner/a-model", "refs/pr/3"), ("a-model", "v1.0-b")]
+  for name in ("owner/a-model@", "@main", "owner/a-model@a b", "a@b@c"):
+    with pytest.raises(InputError, match="@REVISION"):
+      hub.resolve(name)
+
+
 def test_tokenizer_and_generation_files(tmp_path):
   source = tmp_path / "source"
   source.mkdir()

@@ -113,12 +113,12 @@ def test_tensorboard_does_not_load_torch(tmp_path):
 def test_meter_by_hand(monkeypatch):
   now = [100.0]
   monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-  m = observe.Meter(flops=6.0, peak=20.0)
+  m = observe.Meter(peak=20.0)
   m.batch(1, 30, 40, 0.5)
   m.batch(2, 50, 60, 0.5)
   m.batch(3, 999, 999, 0.0)
-  m.done(1, 7)
-  m.done(2, 9)
+  m.done(1, 7, 6.0)
+  m.done(2, 9, 6.0)
   m.exclude(6.0)
   now[0] = 110.0
   assert m.read(10) == dict(
@@ -130,9 +130,10 @@ def test_meter_by_hand(monkeypatch):
     mfu=0.15,
     eta=20.0,
   )
-  m.done(3, 1)
+  m.done(3, 1, 0.0)
   now[0] = 111.0
-  assert m.read(0)["tokens_per_second"] == 999.0
+  rates = m.read(0)
+  assert rates["tokens_per_second"] == 999.0 and rates["mfu"] is None, "no FLOPs, no MFU"
 
 
 def test_progress_without_a_terminal(monkeypatch, caplog):

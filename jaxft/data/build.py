@@ -1,8 +1,7 @@
 """Rows to token files: rendered, cleaned and tokenised in chunks by several processes, written in order as a stream.
 
-The result does not depend on the number of processes. Memory holds a few chunks (and 16 bytes a row where
-duplicates are
-looked for), whatever the size of the data.
+The result does not depend on the number of processes. Memory holds a few chunks, whatever the size of the data, and
+77 bytes a row (measured) where duplicates are looked for.
 """
 
 import collections
@@ -10,8 +9,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
-import json
-import logging
 import os
 import pathlib
 import pickle
@@ -23,28 +20,26 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import rich.progress
 
 from jaxft.data import clean as cleaning
 from jaxft.data import sources
 from jaxft.data.clean import Options
-from jaxft.data.files import Meter, compact, place
-from jaxft.data.tasks import SIDES, Task
+from jaxft.data.files import Meter, compact, like_a_sentence, place
+from jaxft.data.progress import Progress
+from jaxft.data.tasks import SIDES, Resolver, Task
 from jaxft.errors import InputError, StorageError
 
 CHUNK_ROWS, CHUNK_CHARS = 1024, 4_000_000
 SMALL = 5_000  # rows below which starting processes (about 1 s) costs more than it saves
 ROWS_SHOWN = 10  # rows named for each reason of a drop
 
-log = logging.getLogger("jaxft")
-
 
 @dataclasses.dataclass
 class Chunk:
-  """Rows of one origin, with the task that its columns call for."""
+  """Rows of one origin, each with the task that its columns call for."""
 
-  task: Task
   origin: tuple[str, str]
+  tasks: list[Task]
   rows: list[dict]
   lines: list[int]
   repeats: list[int]
@@ -91,21 +86,25 @@ class Job:
   dtype: str
 
   def __call__(self, chunk: Chunk) -> Encoded:
-    texts, kept, drops, nulls = {s: [] for s in SIDES}, [], [], 0
-    for i, (row, line) in enumerate(zip(chunk.rows, chunk.lines)):
-      example = chunk.task.render(row, self.options.text, place(chunk.origin, line))
+    texts, blobs, kept, drops, nulls = {s: [] for s in SIDES}, {s: [] for s in SIDES}, [], [], 0
+    for i, (task, row, line) in enumerate(zip(chunk.tasks, chunk.rows, chunk.lines)):
+      example = task.render(row, self.options.text, place(chunk.origin, line))
       nulls += example.nulls
       reason = self.options.reason(example.input_chars, example.target_chars)
+      try:
+        pair = [(s, text, text.encode()) for s, text in zip(SIDES, (example.input, example.target))]
+      except UnicodeEncodeError:  # JSON may spell half a character ("\ud83d"), which no tokenizer takes
+        reason = reason or cleaning.SURROGATE
       if reason:
         drops.append((reason, line))
         continue
       kept.append(i)
-      texts["inputs"].append(example.input)
-      texts["targets"].append(example.target)
+      for side, text, blob in pair:
+        texts[side].append(text)
+        blobs[side].append(blob)
     ids = {s: self.encoder.encode(texts[s]) for s in SIDES}
     lengths = {s: np.array([len(x) for x in ids[s]], np.int32) for s in SIDES}
     tokens = {s: np.fromiter(itertools.chain.from_iterable(ids[s]), self.dtype, int(lengths[s].sum())) for s in SIDES}
-    blobs = {s: [t.encode("utf-8", "surrogatepass") for t in texts[s]] for s in SIDES}
     out = Encoded(
       chunk.origin,
       len(chunk.rows),
@@ -130,12 +129,14 @@ def chunks(source, task: Task, limit: int, meter: Meter) -> Iterator[Chunk]:
     if chunk is None or row.origin != chunk.origin or len(chunk.rows) == CHUNK_ROWS or chars > CHUNK_CHARS:
       if chunk is not None:
         yield chunk
-      same = chunk is not None and row.origin == chunk.origin
-      chunk, chars = Chunk(chunk.task if same else task.resolve(row), row.origin, [], [], []), 0
+      if chunk is None or row.origin != chunk.origin:
+        resolve = Resolver(task)
+      chunk, chars = Chunk(row.origin, [], [], [], []), 0
+    chunk.tasks.append(resolve(row))
     chunk.rows.append(dict(row))
     chunk.lines.append(row.line)
     chunk.repeats.append(row.repeat)
-    chars += sum(len(v) for v in row.values() if isinstance(v, (str, list)))
+    chars += sum(len(v) for v in row.values() if isinstance(v, (str, bytes, list)))
   if chunk is not None:
     yield chunk
 
@@ -144,18 +145,23 @@ def build(folder: pathlib.Path, source, task: Task, job: Job, *, limit: int, wor
   """Writes the token files of `source` into the empty `folder`; returns what its meta.json is to hold."""
   meter, began = Meter(sources.local_files(source)), time.monotonic()
   meta = dict(
-    read=0, kept=0, nulls=0, eos_last=0, largest=0, drops={}, origins=[], tasks=[], described=sources.describe(source)
-  )
+    read=0, kept=0, nulls=0, eos_last=0, largest=0, drops={}, origins=[], tasks=[], headers={},
+    described=sources.describe(source),
+  )  # fmt: skip
   seen: set[bytes] = set()
-  templates = {}
+  templates: dict[Task, str] = {}
+  workers = workers or _cores()
 
   def noted(stream):
     for chunk in stream:
-      templates.setdefault((json.dumps([chunk.task.input, chunk.task.target])), chunk.origin[0])
+      for one in dict.fromkeys(chunk.tasks):
+        templates.setdefault(one, chunk.origin[0])
+      if chunk.origin[0] not in meta["headers"]:
+        meta["headers"][chunk.origin[0]] = [c for c in chunk.rows[0] if like_a_sentence(c)]
       yield chunk
 
   with Writer(folder, job.dtype) as writer, Progress(meter) as progress:
-    for encoded in _map(job, noted(chunks(source, task, limit, meter)), workers or len(os.sched_getaffinity(0))):
+    for encoded in _map(job, noted(chunks(source, task, limit, meter)), workers):
       if job.options.dedup:
         fresh = np.array([not (d in seen or seen.add(d)) for d in encoded.digests], bool)
         encoded.keep(fresh, cleaning.DUPLICATE)
@@ -168,9 +174,14 @@ def build(folder: pathlib.Path, source, task: Task, job: Job, *, limit: int, wor
       f"data: all {meta['read']:,} rows of {meta['described']} were dropped: {why}. Check data.clean and the "
       "templates of task."
     )
-  meta["tasks"] = [dict(zip(("input", "target", "first"), (*json.loads(k), v))) for k, v in templates.items()]
+  meta["tasks"] = [dict(input=t.input, target=t.target, first=first) for t, first in templates.items()]
+  meta["headers"] = {name: cells for name, cells in meta["headers"].items() if cells}
   meta["seconds"] = round(time.monotonic() - began, 2)
   return meta
+
+
+def _cores() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
 
 
 def _count(meta: dict, e: Encoded, eos: int | None) -> None:
@@ -345,34 +356,3 @@ class Writer:
         if name not in self.files:
           self.files[name] = open(self.folder / name, "wb", buffering=1 << 20)
         self.files[name].write(array.data if array.size else b"")
-
-
-class Progress:
-  """A bar on a terminal, a line every 10 s elsewhere; nothing at all for the first 3 s."""
-
-  def __init__(self, meter: Meter):
-    self.meter, self.bar = meter, None
-    self.began = self.said = time.monotonic()
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    if self.bar is not None:
-      self.bar.stop()
-
-  def update(self, rows: int) -> None:
-    now = time.monotonic()
-    if now - self.began < 3:
-      return
-    if sys.stderr.isatty():
-      if self.bar is None:
-        columns = rich.progress.Progress.get_default_columns()
-        self.bar = rich.progress.Progress(*columns, "{task.fields[note]}", console=rich.console.Console(stderr=True))
-        self.bar.start()
-        self.task = self.bar.add_task("tokenising", total=self.meter.total or None, note="")
-      self.bar.update(self.task, completed=self.meter.done, note=f"{rows:,} rows, {rows / (now - self.began):,.0f}/s")
-    elif now - self.said > 10:
-      self.said = now
-      share = f" ({self.meter.done / self.meter.total:.0%} of the files)" if self.meter.total else ""
-      log.info("tokenising: %s rows%s, %s rows/s", f"{rows:,}", share, f"{rows / (now - self.began):,.0f}")

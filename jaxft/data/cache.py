@@ -25,7 +25,7 @@ from jaxft.data.tasks import SIDES, Task
 from jaxft.data.tokens import Tokenizer
 from jaxft.errors import InputError
 
-VERSION = 1  # of the files below and of everything that decides their content
+VERSION = 2  # of the files below and of everything that decides their content
 PERCENTILES = (50, 90, 99, 100)
 POLICIES = ("error", "truncate", "drop")
 
@@ -53,6 +53,12 @@ def open_or_build(
   """Returns the store of `source`, from the cache below `cache_root(root)` or built now by `workers` processes (0:
   one a core).
   """
+  for name, value, zero in (
+    ("data.limit (or evals.NAME.limit)", limit, "all rows"),
+    ("data.workers", workers, "one a core"),
+  ):
+    if value < 0:
+      raise InputError(f"config: {name} is {value}; it is a number above 0, or 0 for {zero}.")
   base = cache_root(root)
   with storage(base):
     base.mkdir(parents=True, exist_ok=True)
@@ -198,6 +204,10 @@ class Store:
     origin = self.meta["origins"][self._origins[row]]
     return place((origin["name"], origin["unit"]), int(self._lines[row]))
 
+  def _first(self, mask: np.ndarray) -> list[str]:
+    """Returns the places of the first ten rows among the examples of `mask`; a row with several counts once."""
+    return [self._place(row) for row in np.unique(self._stored[mask])[:10]]
+
   def _apply(self, too_long: str, share: float) -> dict:
     """Decides on the examples over the lengths; returns the report."""
     raw = {s: self._raw[s][self._stored] for s in SIDES}
@@ -205,14 +215,14 @@ class Store:
     any_over = over["inputs"] | over["targets"]
     count, total = int(any_over.sum()), len(any_over)
     lost = {s: int(np.maximum(raw[s] - self.caps[s], 0).sum()) / max(1, int(raw[s].sum())) for s in SIDES}
-    first = [self._place(self._stored[i]) for i in np.flatnonzero(any_over)[:10]]
+    first = self._first(any_over)
     percentiles = {s: {str(p): int(np.percentile(raw[s], p, method="higher")) for p in PERCENTILES} for s in SIDES}
     if too_long == "error" and count > share * total:
       raise InputError(self._refusal(count, total, share, percentiles, lost, first))
     drops = {k: dict(v) for k, v in self.meta["drops"].items()}
     if too_long == "drop" and count:
       drops[f"longer than data.lengths ({', '.join(f'{s} {self.caps[s]}' for s in SIDES)})"] = dict(
-        count=count, rows=first
+        count=len(np.unique(self._stored[any_over])), rows=first
       )
       self._stored = self._stored[~any_over]
       lost = {s: int(raw[s][any_over].sum()) / int(raw[s].sum()) for s in SIDES}
@@ -231,6 +241,7 @@ class Store:
       examples=len(self._stored),
       dropped=drops,
       nulls=m["nulls"],
+      headers=m["headers"],
       lengths=self.caps,
       percentiles=percentiles,
       too_long=too_long,
@@ -238,7 +249,7 @@ class Store:
         s: dict(
           count=int(over[s].sum()) if truncated else 0,
           share=float(over[s].mean()) if truncated else 0.0,
-          rows=[self._place(self._stored[i]) for i in np.flatnonzero(over[s])[:10]] if truncated else [],
+          rows=self._first(over[s]) if truncated else [],
         )
         for s in SIDES
       },

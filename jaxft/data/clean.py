@@ -10,6 +10,7 @@ from jaxft.errors import InputError, did_you_mean
 
 FORMS = ("", "NFC", "NFKC", "NFD", "NFKD")
 DUPLICATE = "exact duplicate of an earlier pair"
+SURROGATE = "broken UTF-16 surrogate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,17 @@ class Options:
 
 
 NOTHING = Options(strip=False, unicode="", min_chars=0, max_chars=0, max_ratio=0.0, dedup=False)
+
+
+def utf8(value: bytes, what: str) -> str:
+  """Returns the text of bytes that are UTF-8; else raises InputError about `what` (place and name)."""
+  try:
+    return value.decode()
+  except UnicodeDecodeError as e:
+    raise InputError(
+      f"{what} is bytes that are not UTF-8 text ({value[:16]!r}..., byte {e.start + 1}: {e.reason}); store it as text, "
+      "or name another field."
+    ) from None
 
 
 def digest(input: str, target: str) -> bytes:

@@ -3,6 +3,7 @@
 Every reader yields `Row`s that know their file and line; what cannot be read is an InputError with that place.
 """
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -18,6 +19,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 
+from jaxft.data.chat import CHATS
 from jaxft.errors import InputError, did_you_mean
 
 
@@ -60,8 +62,16 @@ def compact(places: list[str]) -> str:
   return "; ".join(out)
 
 
-def expand(pattern: str) -> list[str]:
+def like_a_sentence(column: str) -> bool:
+  """Says whether the name of a column looks like text of a row: long, or words with the marks of a sentence."""
+  return len(column) > 60 or bool(re.search(r"\S\s.*[.!?…]$|[.!?,;] \S.* \S", column.strip()))
+
+
+def expand(pattern: str | os.PathLike) -> list[str]:
   """Returns the files that a path or glob names, sorted; raises InputError with what lies nearby when there is none."""
+  if not isinstance(pattern, (str, os.PathLike)):
+    raise InputError(f"data: {pattern!r} is not a file; a path or glob is (docs/data.md).")
+  pattern = os.fspath(pattern)
   if re.match(r"[a-z0-9]+://", pattern):
     raise InputError(
       f"data: {pattern} is a remote address; copy it to this machine first (gcloud storage cp, aws s3 cp, curl -O)."
@@ -70,10 +80,10 @@ def expand(pattern: str) -> list[str]:
   if os.path.isfile(path):
     return [path]
   if os.path.isdir(path):
+    here = "" if pattern.startswith(("/", ".", "~")) else "./"  # else hub: takes it for a name on the Hub
     raise InputError(
       f"data: {pattern} is a folder; it{_listing(path)}. Name a file or a glob in it, such as "
-      f"{pattern.rstrip('/')}/*.jsonl, "
-      f"or write hub:{pattern} for a data set of the `datasets` library."
+      f"{pattern.rstrip('/')}/*.jsonl, or write hub:{here}{pattern} for a data set of the `datasets` library."
     )
   found = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
   if found:
@@ -118,10 +128,10 @@ def _lines(path: str, meter=None) -> Iterator[str]:
           meter.done = meter.base + raw.tell()
         yield line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as e:
+      code = "utf-16" if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
       raise InputError(
         f"{path}, line {number}: byte {e.start + 1} of the line is not UTF-8 ({e.reason}). Convert the file, for "
-        "example "
-        f"with: iconv -f latin1 -t utf-8 {path} > new."
+        f"example with: iconv -f {code} -t utf-8 {path} > new."
       ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
       raise InputError(f"{path}: broken gzip after line {number} ({e}). Copy or download the file again.") from None
@@ -131,9 +141,10 @@ def _lines(path: str, meter=None) -> Iterator[str]:
 
 def _read_json(path: str, meter) -> Iterator[Row]:
   lines = _lines(path, meter)
-  first = next((x for x in lines if x.strip()), "").lstrip()
+  first, second = (next((x for x in lines if x.strip()), "").lstrip() for _ in range(2))
   lines.close()
-  if first.startswith("[") or (first and not _is_json(first) and re.search(r"\.json(\.gz)?$", path, re.I)):
+  one = re.search(r"\.json(\.gz)?$", path, re.I) and first and _is_whole(first, last=not second)
+  if first.startswith("[") or one:
     yield from _read_json_list(path, meter)
     return
   origin = (path, "line")
@@ -149,12 +160,21 @@ def _read_json(path: str, meter) -> Iterator[Row]:
     yield _object(row, origin, number)
 
 
-def _is_json(line: str) -> bool:
+def _is_whole(line: str, last: bool) -> bool:
+  """Says whether a first line belongs to one value for the whole file: it goes on, or is a lone object with a list of
+  rows.
+  """
   try:
-    json.loads(line)
+    value = json.loads(line)
   except ValueError:
-    return False
-  return True
+    return True
+  lists = _lists(value) if last and isinstance(value, dict) else []
+  return len(lists) == 1 and all(isinstance(x, dict) for x in value[lists[0]])
+
+
+def _lists(value: dict) -> list[str]:
+  """Returns the fields that hold a list that may be one of rows."""
+  return [k for k, v in value.items() if isinstance(v, list) and k not in CHATS]
 
 
 def _read_json_list(path: str, meter) -> Iterator[Row]:
@@ -164,7 +184,7 @@ def _read_json_list(path: str, meter) -> Iterator[Row]:
   except ValueError as e:
     raise InputError(f"{path}: not JSON: {e}. The file should be one list of objects, or one object a line.") from None
   if isinstance(rows, dict):
-    lists = [k for k, v in rows.items() if isinstance(v, list)]
+    lists = _lists(rows)
     if len(lists) != 1:
       raise InputError(
         f"{path}: one JSON object whose fields {', '.join(rows)} hold {len(lists)} lists; a list of rows, or one row "
@@ -210,10 +230,12 @@ def _read_csv(path: str, meter, **dialect) -> Iterator[Row]:
         yield Row(zip(header, fields), origin, start)
       start = reader.line_num + 1
   except csv.Error as e:
-    raise InputError(
-      f"{path}, line {start}: {e}. A quote inside a quoted field must be doubled; check where the quotes of this row "
-      "end."
-    ) from None
+    if "new-line" in str(e):
+      why = "a carriage return stands inside it, and a line ends with \\n or \\r\\n. Replace it"
+      why += ", for example by a space." if dialect else ", or put the field in quotes."
+    else:
+      why = f"{e}. A quote inside a quoted field must be doubled; check where the quotes of this row end."
+    raise InputError(f"{path}, line {start}: {why}") from None
 
 
 def _read_tsv(path: str, meter) -> Iterator[Row]:
@@ -300,4 +322,9 @@ def fingerprint_files(paths: Iterable[str], memory: pathlib.Path | None) -> list
 def _load_memory(memory: pathlib.Path | None) -> dict[str, str]:
   if memory is None or not memory.exists():
     return {}
-  return dict(json.loads(x) for x in memory.read_text().splitlines() if x.endswith("]"))
+  known = {}
+  for line in memory.read_text(errors="replace").splitlines():
+    with contextlib.suppress(ValueError, TypeError):  # torn by a kill, or by two writers: that file is hashed again
+      key, known_hash = json.loads(line)
+      known[key] = known_hash
+  return known

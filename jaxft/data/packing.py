@@ -1,14 +1,10 @@
 """Which examples share a row: best fit over a window of open rows, for all lengths of an example at once.
 
 Every row keeps each of its sides (inputs and targets) within its cap. An example goes to the open row that it fills
-best;
-where none has room the fullest is closed and a new one opened. The order is cut into equal runs that are packed in
-lockstep
-by array operations (0.3M examples/s of processor time at 29,000 examples, 1M/s at 290,000), and what they leave
-half empty is packed once more.
-Measured on 28,997 Multi30k pairs: 128/128 takes 4% more rows than the token count alone would allow, 256/256 2%;
-windows
-of 16 to 256, and sorting by length first, change that by less than 0.5%.
+best; where none has room the fullest is closed and a new one opened. The order is cut into equal runs that are packed
+in lockstep by array operations (0.3M examples/s of processor time at 29,000 examples, 1M/s at 290,000), and what they
+leave half empty is packed once more. Measured on 28,997 Multi30k pairs: 128/128 takes 4% more rows than the token
+count alone would allow, 256/256 2%; windows of 16 to 256, and sorting by length first, change that by less than 0.5%.
 """
 
 import dataclasses

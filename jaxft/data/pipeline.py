@@ -1,9 +1,8 @@
 """Batches as a pure function of (seed, step): permutation, packing plan, rows of this host, prefetched through tf.data.
 
 Nothing is carried from step to step, so a run can start at any of them, and the global batch does not depend on the
-number
-of hosts. Each example is seen exactly once an epoch: what is missing in the last batch is empty rows, which weigh
-nothing.
+number of hosts. Each example is seen exactly once an epoch: what is missing in the last batch is empty rows, which
+weigh nothing.
 """
 
 import concurrent.futures
@@ -82,6 +81,13 @@ class Batches:
     while step >= self._count(epoch):
       step, epoch = step - self._count(epoch), epoch + 1
     return epoch, step
+
+  def bucket(self, step: int) -> int:
+    """Returns the index in `shapes` of the shape of the batch of `step`."""
+    if len(self.shapes) == 1:
+      return 0
+    epoch, at = self.locate(step)
+    return int(self.plan(epoch).bucket[at])
 
   def _count(self, epoch: int) -> int:
     """Returns the steps of an epoch: without packing always the same; packed rows differ by a few with the order."""

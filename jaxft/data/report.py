@@ -74,10 +74,18 @@ def _warnings(r: dict) -> list[str]:
       )
   if r["nulls"]:
     out.append(f"{r['nulls']:,} fields were null and were read as empty text.")
-  out += _lopsided(r)
+  out += _headers(r) + _lopsided(r)
   if r["batches"]["steps"] < 10:
     out.append(f"An epoch is only {r['batches']['steps']} steps; a smaller batch gives more updates.")
   return out
+
+
+def _headers(r: dict) -> list[str]:
+  return [
+    f"The first line of {_names(file)} was taken as column names and not as a row: "
+    f"{', '.join(repr(_middle(c, 60)) for c in cells)}. If that is a row, write a line of names above it."
+    for file, cells in r["headers"].items()
+  ]
 
 
 def _lopsided(r: dict) -> list[str]:
@@ -92,6 +100,19 @@ def _lopsided(r: dict) -> list[str]:
     f"The {low} of packed rows are mostly padding ({fill[low]:.0%} full, {high} {fill[high]:.0%}): "
     f"--config.data.lengths.{low}={better} holds the same examples in less."
   ]
+
+
+def notice(report: dict) -> str:
+  """Returns in one line what of a `store.report` was dropped, cut or perhaps lost to a header, or "" for nothing."""
+  r = report
+  parts = [f"dropped {d['count']:,} ({reason}; {_rows(d)})" for reason, d in r["dropped"].items()]
+  parts += [
+    f"cut {cut['count']:,} {side} ({r['tokens_lost'][side]:.2%} of all {side[:-1]} tokens; {_rows(cut)})"
+    for side, cut in r["cut"].items()
+    if cut["count"]
+  ]
+  said = ". ".join(filter(None, ["; ".join(parts), *_headers(r)]))
+  return f"{r['source']}: {r['rows_read']:,} rows read, {r['rows_kept'] - _late(r):,} kept; {said}" if said else ""
 
 
 def text(report: dict, *, width: int = 100, color: bool = False) -> str:

@@ -1,17 +1,17 @@
 """From a row to an example: templates over columns, and the columns that people already have.
 
-A template is text with fields in braces: `translate English to German: {en}`. `{a.b}` goes into objects, `{a.0}`
-into lists,
-`{a.*}` joins a list of texts with spaces; `{{` and `}}` are braces. Several templates in a tuple are joined with a
-blank
-line, without those whose fields are empty.
+A template is text with fields in braces: `translate English to German: {en}`. `{a.b}` goes into objects, `{a.0}` into
+lists, `{a.*}` joins a list of texts with spaces; `{{` and `}}` are braces. Several templates in a tuple are joined
+with a blank line, without those whose fields are empty.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jaxft.data import chat
+from jaxft.data.clean import utf8
 from jaxft.errors import InputError, did_you_mean
 
 SIDES = ("inputs", "targets")  # what an example is made of, in batches and in the cache
@@ -49,30 +49,86 @@ class Task:
         f"config: task.target is {self.target!r}, which has no field; every target would be the same text."
       )
 
+  @property
+  def default(self) -> bool:
+    return (self.input, self.target) == DEFAULTS
+
+  @functools.cached_property
+  def prepared(self) -> bool:
+    """Says whether a template names what `prepare` adds to a row; other rows are left as they are."""
+    return _names_chat(self.input) or _names_chat(self.target)
+
   def resolve(self, row: dict) -> "Task":
-    """Returns the task with its default templates replaced by those that the columns of `row` (the first one) call
-    for.
-    """
-    if (self.input, self.target) != DEFAULTS:
-      return self
-    return KINDS[self.kind].resolve(self, row)
+    """Returns the task with its default templates replaced by those that the columns of `row` call for."""
+    return KINDS[self.kind].resolve(self, row) if self.default else self
 
   def render(self, row: dict, fix: Callable[[str], str], where: str) -> Example:
     """Returns the example of `row`; `fix` acts on every field's text, `where` names the row in errors."""
-    row = KINDS[self.kind].prepare(row, where)
-    input, input_chars, nulls = _render(self.input, "input", row, fix, where)
-    target, target_chars, more = _render(self.target, "target", row, fix, where)
-    return Example(input, target, input_chars, target_chars, nulls + more)
+    row, nulls = KINDS[self.kind].prepare(row, where) if self.prepared else (row, 0)
+    input, input_chars, more = _render(self.input, "input", row, fix, where)
+    target, target_chars, most = _render(self.target, "target", row, fix, where)
+    return Example(input, target, input_chars, target_chars, nulls + more + most)
+
+
+class Resolver:
+  """The task of each row of one file: `Task.resolve`, done once for each set of columns that occurs.
+
+  A row is like an earlier one with the same columns, in any order, and values of the same kind (text, list, turns,
+  object); a null is of any kind. So neither a column that some rows lack nor a null decides for other rows.
+  """
+
+  def __init__(self, task: Task):
+    self.task, self.known, self.seen = task, {}, []
+
+  def __call__(self, row: dict) -> Task:
+    if not self.task.default:
+      return self.task
+    kinds = {k: _value_kind(v) for k, v in row.items()}
+    key = frozenset(kinds.items())
+    if key not in self.known:
+      like = (task for task, other in self.seen if _alike(kinds, other))
+      self.known[key] = next(like, None) or self.task.resolve(row)
+      self.seen.append((self.known[key], kinds))
+    return self.known[key]
+
+
+def _value_kind(value) -> str:
+  if isinstance(value, (list, tuple)):
+    return "turns" if chat.is_turns(value) else "list"
+  return "" if value is None else "object" if isinstance(value, dict) else "text"
+
+
+def _alike(kinds: dict, other: dict) -> bool:
+  return kinds.keys() == other.keys() and all(k in ("", other[c], other[c] or "text") for c, k in kinds.items())
 
 
 class Kind(NamedTuple):
   """What sets one kind of task apart; a new kind is a new entry of KINDS."""
 
   resolve: Callable[[Task, dict], Task]  # default templates -> templates for these columns
-  prepare: Callable[[dict, str], dict]  # row -> row with the columns that templates may name
+  prepare: Callable[[dict, str], tuple[dict, int]]  # row, place -> row with `chat.` fields, how many of them were null
+
+
+def render_input(templates: Sequence[Any], row: dict, fix: Callable[[str], str], where: str) -> str:
+  """Returns the input text of a row that need not have an answer, by the first of `templates` whose fields it has.
+
+  Raises the InputError of the first one where none fits.
+  """
+  problems = []
+  for template in templates:
+    try:
+      own = chat.prepare(row, where, answered=False)[0] if _names_chat(template) else row
+      return _render(template, "input", own, fix, where)[0]
+    except InputError as e:
+      problems.append(e)
+  raise problems[0]
 
 
 # ---- templates
+
+
+def _names_chat(template) -> bool:
+  return any(field.startswith("chat.") for part in _parts(template) for _, field in parse(part))
 
 
 def _parts(template) -> tuple[str, ...]:
@@ -125,16 +181,21 @@ def _render(template, side: str, row: dict, fix, where: str) -> tuple[str, int |
 
 
 def look_up(row: dict, field: str, side: str, where: str) -> Any:
-  """Returns the text, number or None at a dotted path of `row`; raises InputError with the fields that are there."""
+  """Returns the text, number or None at a dotted path of `row`; raises InputError with the fields that are there.
+
+  A null on the way counts as a null at the end. Bytes are UTF-8 text, or an InputError.
+  """
   if field in row:  # also a column whose name has dots
     return _scalar(row[field], field, side, where)
   value: Any = row
   for i, step in enumerate(field.split(".")):
     before = ".".join(field.split(".")[:i])
+    if value is None:
+      return None
     if isinstance(value, dict) and step in value:
       value = value[step]
-    elif isinstance(value, (list, tuple)) and step == "*" and all(isinstance(x, str) for x in value):
-      value = " ".join(value)
+    elif isinstance(value, (list, tuple)) and step == "*" and all(isinstance(x, (str, bytes)) for x in value):
+      value = " ".join(_scalar(x, field, side, where) for x in value)
     elif isinstance(value, (list, tuple)) and step.isdigit() and int(step) < len(value):
       value = value[int(step)]
     elif isinstance(value, (list, tuple)) and step.isdigit():
@@ -161,6 +222,8 @@ def _kind(value) -> str:
 
 
 def _scalar(value, field: str, side: str, where: str) -> Any:
+  if isinstance(value, bytes):
+    return utf8(value, f"{where}: task.{side} names the field {{{field}}}, which")
   if isinstance(value, (dict, list, tuple)):
     how = (
       f"write {{{field}.{next(iter(value), 'name')}}}"
@@ -178,6 +241,7 @@ CONVENTIONS = (  # columns that must be there -> templates; the first that fits 
   (("input", "target"), "{input}", "{target}"),
   (("instruction", "input", "output"), ("{instruction}", "{input}"), "{output}"),  # Alpaca
   (("instruction", "output"), "{instruction}", "{output}"),
+  (("instruction", "context", "response"), ("{instruction}", "{context}"), "{response}"),  # Dolly
   (("instruction", "response"), "{instruction}", "{response}"),
   # SQuAD, T5's prompt
   (("question", "context", "answers"), "question: {question} context: {context}", "{answers.text.0}"),
@@ -199,28 +263,27 @@ CONVENTIONS = (  # columns that must be there -> templates; the first that fits 
   (("query", "response"), "{query}", "{response}"),
   (("problem", "solution"), "{problem}", "{solution}"),
 )
-CHATS = ("messages", "conversations")
-ROLES = dict(human="user", gpt="assistant")
 
 
 def _resolve_pair(task: Task, row: dict) -> Task:
   for columns, input, target in CONVENTIONS:
     if all(c in row for c in columns):
+      if "prompt" in columns and any(chat.is_turns(row[c]) for c in columns):
+        return dataclasses.replace(task, input="{chat.prompt}", target="{chat.completion}")
       return dataclasses.replace(task, input=_fit(input, row, "*"), target=_fit(target, row, "0"))
-  if any(isinstance(row.get(c), (list, tuple)) for c in CHATS):
+  if any(isinstance(row.get(c), (list, tuple)) for c in chat.CHATS):
     return dataclasses.replace(task, input="{chat.prompt}", target="{chat.completion}")
   languages = row.get("translation")
   if isinstance(languages, dict) and len(languages) == 2:
     a, b = languages
     return dataclasses.replace(task, input=f"{{translation.{a}}}", target=f"{{translation.{b}}}")
-  if len(row) == 2 and all(isinstance(v, str) for v in row.values()):
+  if len(row) == 2 and all(v is None or isinstance(v, (str, bytes)) for v in row.values()):
     a, b = row
     return dataclasses.replace(task, input=f"{{{a}}}", target=f"{{{b}}}")
   a, b = (*row, "question", "answer")[:2] if len(row) != 1 else (*row, "another")
   raise InputError(
-    f"data: the columns {', '.join(map(str, row)) or '(none)'} are not a pair that jaxft knows; say which is which, "
-    "for example "
-    f"--config.task.input='{{{a}}}' --config.task.target='{{{b}}}'."
+    f"{getattr(row, 'where', 'data')}: the columns {', '.join(map(str, row)) or '(none)'} are not a pair that jaxft "
+    f"knows; say which is which, for example --config.task.input='{{{a}}}' --config.task.target='{{{b}}}'."
   )
 
 
@@ -232,40 +295,9 @@ def _fit(template, row: dict, step: str):
     return tuple(_fit(t, row, step) for t in template)
   for _, field in parse(template):
     value = row.get(field)
-    # messages are made text by `prepare`
-    if isinstance(value, (list, tuple)) and not (value and isinstance(value[0], dict)):
+    if isinstance(value, (list, tuple)) and not chat.is_turns(value):  # those of a chat are not text
       template = template.replace(f"{{{field}}}", f"{{{field}.{step}}}")
   return template
 
 
-def _prepare_pair(row: dict, where: str) -> dict:
-  """Adds `chat.prompt` and `chat.completion` to a row of messages, and makes texts of one-message prompts and
-  completions.
-  """
-  chats = [c for c in CHATS if isinstance(row.get(c), (list, tuple))]
-  if chats and "chat" not in row:
-    return {**row, "chat": _turn(row[chats[0]], chats[0], where)}
-  lists = {
-    c: row[c]
-    for c in ("prompt", "completion")
-    if isinstance(row.get(c), (list, tuple)) and row[c] and isinstance(row[c][0], dict)
-  }
-  return {**row, **{c: "\n\n".join(str(m["content"]) for m in v) for c, v in lists.items()}} if lists else row
-
-
-def _turn(messages, column: str, where: str) -> dict:
-  turns = [
-    (ROLES.get(m.get("role", m.get("from")), m.get("role", m.get("from"))), m.get("content", m.get("value")))
-    for m in messages
-  ]
-  roles = [r for r, _ in turns]
-  if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-    raise InputError(
-      f"{where}: {column!r} holds the turns {', '.join(map(str, roles))}; a seq2seq task takes one question and its "
-      "answer "
-      "(user, assistant; perhaps a system message before). Cut longer talks into such pairs."
-    )
-  return {"prompt": "\n\n".join(t or "" for _, t in turns[:-1]), "completion": turns[-1][1]}
-
-
-KINDS = {"seq2seq": Kind(resolve=_resolve_pair, prepare=_prepare_pair)}
+KINDS = {"seq2seq": Kind(resolve=_resolve_pair, prepare=chat.prepare)}

@@ -20,9 +20,8 @@ from jaxft.errors import InputError
 class Tokenizer:
   """Texts to ids with the special tokens that its transformers tokenizer adds (EOS for T5), and back without them.
 
-  `size` is the largest id + 1; `pad`, `eos`, `unk` are ids or None; `fingerprint` changes with anything that
-  changes ids.
-  `encoder` does the encoding and pickles without transformers.
+  `size` is the largest id + 1; `pad`, `eos`, `unk` are ids or None; `fingerprint` changes with anything that changes
+  ids. `encoder` does the encoding and pickles without transformers.
   """
 
   def __init__(self, hf: Any, name: str):

@@ -1,4 +1,4 @@
-"""Evaluators: what the loop and the evaluation binary run on weights. Each has `name`, `every` and run(params, step) -> values.
+"""Evaluators: what the loop and the evaluation binary run on weights. Each has `name`, `every`, run(params, step).
 
 The values do not depend on the batch size, on padding or on the number of hosts: sums over all tokens, one division.
 """
@@ -43,7 +43,7 @@ class LossEvaluator:
     mesh: jax.sharding.Mesh,
     rules: Mapping[str, Any],
   ):
-    """`batches` is one pass without shuffling, its size from `whole_batch`; loss_fn(model, batch, key) -> (loss, weight, sums).
+    """`batches` is one pass without shuffling, of `whole_batch` rows; loss_fn(model, batch, key) -> loss, weight, sums.
 
     The sums have "nll" (plain cross-entropy) and "correct", as those of train.losses.
     """
@@ -96,7 +96,8 @@ def answer_length(store, margin: float = 0.25) -> int:
 class GenerateEvaluator:
   """Generates for every example and scores the text: the asked metrics, and
 
-  limit_share (share of outputs that were stopped by the length limit and not by the end token), output_tokens (mean length).
+  limit_share (share of outputs that were stopped by the length limit and not by the end token), output_tokens (mean
+  length).
   """
 
   start = False  # whether the loop also runs it before the first step

@@ -44,8 +44,8 @@ def compute(
 ) -> tuple[dict[str, float], dict[str, str]]:
   """Returns ({name: value}, {name: signature}) for `outputs` against one or several references a row.
 
-  Several references: sacrebleu's own rule; ROUGE and exact match take the best one a row. Raises InputError where there is
-  nothing to compare (no rows, a row without references, all references blank) or a value is not finite.
+  Several references: sacrebleu's own rule; ROUGE and exact match take the best one a row. Raises InputError where there
+  is nothing to compare (no rows, a row without references, all references blank) or a value is not finite.
   """
   many = [[r] if isinstance(r, str) else list(r) for r in references]
   _check(outputs, many)

@@ -1,6 +1,7 @@
 """Which model a config.json describes: its numbers, its modules and its names on the Hub.
 
-A family is a file with `spec`, `rules` and `build`; a new one adds its line to FAMILIES.
+A family is a file with `spec`, `rules` and `build`; a new one adds its line to FAMILIES. Old config.json files also say
+how to generate; those fields are taken out here, for all families, before a family reads the rest.
 """
 
 import dataclasses
@@ -37,6 +38,19 @@ _T5 = Family(t5.spec, t5.rules, encdec.EncDec, t5.generation, t5.complete, t5.se
 
 FAMILIES = {"t5": _T5, "mt5": _T5}
 
+# What transformers 5 takes out of a config.json and writes into generation_config.json
+# (GenerationConfig._get_default_generation_params, without use_cache, which is a field of the models).
+GENERATION = frozenset(
+  (
+    "max_length min_length do_sample early_stopping num_beams temperature top_k top_p typical_p repetition_penalty "
+    "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores "
+    "return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens "
+    "exponential_decay_length_penalty begin_suppress_tokens epsilon_cutoff eta_cutoff encoder_repetition_penalty "
+    "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind "
+    "target_lookbehind num_beam_groups diversity_penalty"
+  ).split()
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
@@ -50,6 +64,7 @@ class Skeleton:
   rules: list  # hub.Rule
   dtype: Any  # of activations
   generation: dict  # decoder_start: int, eos: tuple of int, pad: int, vocab: int
+  search: dict  # the fields of GENERATION that the config.json came with
   module: nnx.Module = dataclasses.field(repr=False)  # without values
 
   def init(self, key: jax.Array) -> Tree:
@@ -59,16 +74,9 @@ class Skeleton:
   @property
   def generation_config(self) -> dict:
     """The generation_config.json of a model that came without one, as transformers derives it from config.json."""
-    g = self.generation
-    return {
-      "_from_model_config": True,
-      "decoder_start_token_id": g["decoder_start"],
-      "pad_token_id": g["pad"],
-      "eos_token_id": g["eos"][0] if len(g["eos"]) == 1 else list(g["eos"]),
-      "output_attentions": False,
-      "output_hidden_states": False,
-      "use_cache": True,
-    }
+    shared = ("decoder_start_token_id", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache")
+    told = {**{k: self.json.get(k) for k in shared}, **self.search}
+    return {"_from_model_config": True, **{k: v for k, v in told.items() if v is not None}}
 
   def bind(self, params: Tree) -> nnx.Module:
     """Returns the module over `params` (arrays or tracers)."""
@@ -78,7 +86,7 @@ class Skeleton:
 def family(config_json: dict) -> Family:
   """Returns the family of a config.json; raises InputError where there is none."""
   kind = config_json.get("model_type")
-  if kind not in FAMILIES:
+  if not isinstance(kind, str) or kind not in FAMILIES:
     raise InputError(
       f"config.json: model_type is {kind!r}{did_you_mean(kind, FAMILIES)}; jaxft knows "
       f"{', '.join(FAMILIES)}. ByT5, Flan-T5 and T5 1.1 are of type t5."
@@ -88,15 +96,22 @@ def family(config_json: dict) -> Family:
 
 def read_config(folder: pathlib.Path) -> dict:
   """Returns the config.json of a model folder, completed by what only its tensors tell (is the head tied?)."""
-  json = hub.read_json(pathlib.Path(folder) / "config.json")
-  return family(json).settle(json, pathlib.Path(folder))
+  json, search = _split(hub.read_json(pathlib.Path(folder) / "config.json"))
+  return {**family(json).settle(json, pathlib.Path(folder)), **search}
+
+
+def _split(config_json: dict) -> tuple[dict, dict]:
+  """Returns the fields of a config.json that describe the model, and those that say how to generate."""
+  search = {k: v for k, v in config_json.items() if k in GENERATION}
+  return {k: v for k, v in config_json.items() if k not in search}, search
 
 
 def skeleton(config_json: dict, *, dtype, params_dtype, remat: str, unroll: int, dropout: float | None) -> Skeleton:
   """Returns the model that `config_json` describes, without weights; `dropout` None keeps the config's own rate."""
   chosen = family(config_json)
-  spec = chosen.spec(config_json)
-  json = chosen.complete(config_json, spec)
+  given, search = _split(config_json)
+  spec = chosen.spec(given)
+  json = chosen.complete(given, spec)
   if dropout is not None:
     spec = dataclasses.replace(spec, dropout=float(dropout))
   if not 0 <= spec.dropout < 1:
@@ -116,7 +131,8 @@ def skeleton(config_json: dict, *, dtype, params_dtype, remat: str, unroll: int,
     axes=axes,
     rules=chosen.rules(spec),
     dtype=how.dtype,
-    generation=chosen.generation(config_json, spec),
+    generation=chosen.generation(given, spec),
+    search=search,
     module=module,
   )
 

@@ -37,6 +37,26 @@ READ = {  # optional fields, with the values transformers 5 gives them (mt5's ow
 
 MT5 = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
 
+NULL = {"pad_token_id", "eos_token_id"} | {k for k, v in READ.items() if v is None}  # may be null
+
+
+def _is_id(v: Any) -> bool:
+  return type(v) is int and v >= 0
+
+
+KINDS = (  # (what a field must be, its test, the fields)
+  (
+    "a whole number above 0",
+    lambda v: type(v) is int and v > 0,
+    (*REQUIRED, "num_decoder_layers", "relative_attention_num_buckets", "relative_attention_max_distance"),
+  ),
+  ("a number", lambda v: type(v) in (int, float), ("dropout_rate", "layer_norm_epsilon", "initializer_factor")),
+  ("a text", lambda v: type(v) is str, ("feed_forward_proj", "dense_act_fn")),
+  ("true or false", lambda v: type(v) is bool, ("is_gated_act", "tie_word_embeddings", "scale_decoder_outputs")),
+  ("a token id", _is_id, ("decoder_start_token_id", "pad_token_id")),
+  ("a token id or a list of them", lambda v: _is_id(v) or (type(v) is list and all(map(_is_id, v))), ("eos_token_id",)),
+)
+
 EXPECTED = {  # only these values are the model that is built here
   "is_encoder_decoder": (True,),
   "is_decoder": (False,),
@@ -94,32 +114,7 @@ HARMLESS = frozenset(
     "is_torchscript",
     "auto_map",
     "keys_to_ignore_at_inference",
-    "remove_invalid_values",
     "adapters",
-    "early_stopping",
-    "max_length",
-    "min_length",
-    "do_sample",
-    "num_beams",
-    "num_beam_groups",
-    "diversity_penalty",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-    "repetition_penalty",
-    "length_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "bad_words_ids",
-    "num_return_sequences",
-    "output_scores",
-    "return_dict_in_generate",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "exponential_decay_length_penalty",
-    "suppress_tokens",
-    "begin_suppress_tokens",
     "tokenizer_vocab_size",
     "max_position_embeddings",
   )
@@ -136,6 +131,11 @@ def spec(json: dict) -> encdec.Spec:
   if scaled and json["model_type"] == "mt5":
     raise InputError("config.json: scale_decoder_outputs is true for an mt5, which never scales. Remove the field.")
   start = c["pad_token_id"] if c["decoder_start_token_id"] is None else c["decoder_start_token_id"]
+  if start is None:
+    raise InputError(
+      "config.json: decoder_start_token_id and pad_token_id are both null, so that the decoder has no first token. Set "
+      "decoder_start_token_id."
+    )
   return encdec.Spec(
     vocab=c["vocab_size"],
     width=c["d_model"],
@@ -164,8 +164,19 @@ def _fields(json: dict) -> dict:
   other = [f"{k}={v!r}" for k, v in json.items() if k in EXPECTED and v not in EXPECTED[k]]
   twins = [(k, json[k], SAME[k], json.get(SAME[k])) for k in SAME if k in json]
   other += [f"{k}={v!r} beside {name}={first!r}" for k, v, name, first in twins if v != first]
-  if unknown or missing or other:
-    parts = (("unknown fields, which may change the model", unknown), ("missing", missing), ("not supported", other))
+  wrong = [
+    f"{k}={json[k]!r} (it is {what})"
+    for what, test, names in KINDS
+    for k in names
+    if k in json and not test(json[k]) and not (json[k] is None and k in NULL)
+  ]
+  if unknown or missing or other or wrong:
+    parts = (
+      ("unknown fields, which may change the model", unknown),
+      ("missing", missing),
+      ("not supported", other),
+      ("of a wrong type or value", wrong),
+    )
     said = "; ".join(f"{title}: {', '.join(names)}" for title, names in parts if names)
     raise InputError(
       f"config.json of a {json['model_type']}: {said}. Remove what does not matter, or ask for support of what does."
@@ -197,12 +208,11 @@ def generation(json: dict, s: encdec.Spec) -> dict:
   """Returns what decoding needs besides the weights: decoder_start, eos (a tuple), pad, vocab."""
   c = _fields(json)
   eos = c["eos_token_id"]
-  return dict(
-    decoder_start=s.decoder_start,
-    eos=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-    pad=c["pad_token_id"],
-    vocab=s.vocab,
-  )
+  eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+  pad = c["pad_token_id"]
+  if pad is None:
+    pad = eos[0] if eos else s.decoder_start  # the first as transformers, which pads with nothing where nothing ends
+  return dict(decoder_start=s.decoder_start, eos=eos, pad=pad, vocab=s.vocab)
 
 
 def complete(json: dict, s: encdec.Spec) -> dict:
@@ -221,7 +231,7 @@ def complete(json: dict, s: encdec.Spec) -> dict:
     is_gated_act=s.gated,
     num_decoder_layers=s.decoder_layers,
     tie_word_embeddings=s.tied,
-    use_cache=True,
+    use_cache=json.get("use_cache", True),
   )
   if json["model_type"] == "t5":
     written["scale_decoder_outputs"] = s.scaled

@@ -1,9 +1,9 @@
 """Batch decode: JSON Lines in, JSON Lines out, each id exactly once, whatever was killed in between.
 
-While it runs, finished rows are appended to OUTPUT.parts/part.jsonl (synced to disk a batch at a time) beside a manifest of
-everything that decides the outputs; at the end one file in the order of the input appears under its final name at once.
-With several hosts each computes its share of every batch, and process 0 alone writes: no shared file system is needed for
-the output, and the number of hosts may change between restarts.
+While it runs, finished rows are appended to OUTPUT.parts/part.jsonl (synced to disk a batch at a time) beside a
+manifest of everything that decides the outputs; at the end one file in the order of the input appears under its final
+name at once. With several hosts each computes its share of every batch, and process 0 alone writes: no shared file
+system is needed for the output, and the number of hosts may change between restarts.
 """
 
 import collections
@@ -15,14 +15,14 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.data import tasks
+from jaxft.data import clean, tasks
 from jaxft.errors import InputError
 from jaxft.infer import parts
 from jaxft.infer.generate import Answer, Generator
@@ -63,13 +63,13 @@ def decode(
   overwrite: bool = False,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-  """Generates for every row and writes {"id", "output"} lines (lists where `samples` > 1; with `scores` also "score" and "cut").
+  """Generates for every row and writes {"id", "output"} lines (`samples` > 1: lists; `scores`: also "score" and "cut").
 
-  `rows` carry an `id` (string or whole number, all or none of them; none: the line number from 1) and what `render` needs;
-  a row that `render` refuses (InputError) or, with too_long="error", has more than `inputs_length` tokens (0: no limit) gets
-  {"id", "error"}. `about` holds what else decides the outputs (model, template, dtype): a restart with anything changed is
-  an InputError that shows the difference. `progress(done, total)` is called after each batch. Raises InputError for
-  duplicate ids and for an output that exists (unless `overwrite`), before anything is decoded.
+  `rows` carry an `id` (string or whole number, all or none of them; none: the line number from 1) and what `render`
+  needs; a row that `render` refuses (InputError) or, with too_long="error", has more than `inputs_length` tokens (0: no
+  limit) gets {"id", "error"}. `about` holds what else decides the outputs (model, template, dtype): a restart with
+  anything changed is an InputError that shows the difference. `progress(done, total)` is called after each batch.
+  Raises InputError for duplicate ids and for an output that exists (unless `overwrite`), before anything is decoded.
   """
   begun = time.monotonic()
   if too_long not in ("error", "truncate"):
@@ -95,41 +95,31 @@ def decode(
   return Report(total, resumed, len(errors), cut, time.monotonic() - begun)
 
 
-def renderer(template: str | tuple[str, ...], fix: Callable[[str], str]) -> Callable[[Mapping[str, Any]], str]:
-  """Returns the `render` of a template (data/tasks.py): a null is empty text, `fix` acts on every field, as in training."""
-
-  def render(row: Mapping[str, Any]) -> str:
-    parts, where = [], getattr(row, "where", "this row")
-    for part in (template,) if isinstance(template, str) else template:
-      values = [
-        (text, tasks.look_up(row, field, "input", where) if field else "", field) for text, field in tasks.parse(part)
-      ]
-      fixed = [(text, fix("" if v is None else str(v))) for text, v, _ in values]
-      if isinstance(template, str) or any(v for _, v in fixed) or not any(field for _, _, field in values):
-        parts.append("".join(text + v for text, v in fixed))
-    return "\n\n".join(parts)
-
-  return render
+def renderer(templates: Sequence[Any], fix: Callable[[str], str]) -> Callable[[Mapping[str, Any]], str]:
+  """Returns the `render` of templates (data/tasks.py), of which the first one that fits a row is taken; a null is empty
+  text, `fix` acts on each field."""
+  return lambda row: tasks.render_input(templates, row, fix, getattr(row, "where", "this row"))
 
 
 def _render(rows, render) -> tuple[list, list[str], dict[int, str]]:
-  """Returns (ids, texts, {position: why there is no text}); raises InputError for bad ids and where no row has a text."""
+  """Returns (ids, texts, {position: why there is no text}); raises InputError for bad ids, and if no row has a text."""
   ids, texts, errors, named = [], [], {}, 0
   for i, row in enumerate(rows):
     named += "id" in row
     if named not in (0, i + 1):
       raise InputError(
         f"decode: row {i + 1} has {'an' if 'id' in row else 'no'} id, those before it have "
-        f"{'none' if 'id' in row else 'one'}. Give every row an id, or none: then it is the line number."
+        f"{'none' if 'id' in row else 'one'}. Give every row an id, or none: then it is the number of the row."
       )
     ids.append(row["id"] if named else i + 1)
     if named and (isinstance(ids[i], bool) or not isinstance(ids[i], (str, int))):
       raise InputError(f"decode: row {i + 1}: the id {ids[i]!r} is neither a string nor a whole number.")
     try:
       texts.append(render(row))
-    except InputError as e:
-      texts.append("")
-      errors[i] = str(e)
+      texts[-1].encode()
+    except (InputError, UnicodeEncodeError) as e:  # half a surrogate pair, which JSON can hold and UTF-8 cannot
+      texts[i:] = [""]
+      errors[i] = clean.SURROGATE if isinstance(e, UnicodeEncodeError) else str(e)
   twice = [i for i, n in collections.Counter(map(str, ids)).items() if n > 1]
   if twice:
     lines = [i + 1 for i, x in enumerate(ids) if str(x) == twice[0]]
@@ -147,7 +137,7 @@ def _render(rows, render) -> tuple[list, list[str], dict[int, str]]:
 def _tokenise(
   generator: Generator, texts: list[str], errors: dict[int, str], limit: int, too_long: str
 ) -> list[np.ndarray]:
-  """Returns i32 tokens a row; adds to `errors` the rows that are too long or empty. A cut row keeps its last (end) token."""
+  """Returns i32 tokens a row; `errors` gets the rows that are too long or empty. A cut row keeps its end token."""
   out: list[np.ndarray] = []
   for begin in range(0, len(texts), 4096):
     out += [np.asarray(t, np.int32) for t in generator.tokenizer.encode(texts[begin : begin + 4096])]

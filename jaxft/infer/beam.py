@@ -2,7 +2,8 @@
 
 Two sets of K sequences a row: those that run, and the best that ended. Each step takes the M * K best continuations
 (M = 1 + the number of end tokens, at least 2, so that K of them do not end); of those that end only the first K may
-enter the second set. Ended sequences compete by summed log-probability / length ** penalty; the length counts the end token.
+enter the second set. Ended sequences compete by summed log-probability / length ** penalty; the length counts the end
+token.
 
 Shapes: B rows, K beams, C = M * K candidates, V vocabulary, L most new tokens.
 """

@@ -1,9 +1,11 @@
 """Greedy search, sampling and beam search on the cache protocol, and the engine that runs them over many rows.
 
-A model has `start(inputs_BT, segments_BT, beams, length) -> cache`, `step(tokens_BK, cache) -> (f32 logits [B,K,V], cache)` and
-`reorder(cache, parents_BK) -> cache`. Each (rows, input length) is compiled once: the whole generation is one program.
+A model has `start(inputs_BT, segments_BT, beams, length) -> cache`, `step(tokens_BK, cache) -> (f32 logits [B,K,V],
+cache)` and `reorder(cache, parents_BK) -> cache`. Each (rows, input length) is compiled once: the whole generation is
+one program.
 
-Shapes: B rows, T input length, K sequences a row that run, R sequences a row that are returned, V vocabulary, L most new tokens.
+Shapes: B rows, T input length, K sequences a row that run, R sequences a row that are returned, V vocabulary, L most
+new tokens.
 """
 
 import collections
@@ -107,7 +109,7 @@ class Answer(NamedTuple):
 
 
 def bucket(n: int) -> int:
-  """Returns the smallest of 16, 24, 32, 48, 64, 96, ... that is at least n: at most a third of a row is padding above 16."""
+  """Returns the smallest of 16, 24, 32, 48, 64, 96, ... that is at least n: above 16, at most a third is padding."""
   size = 16
   while size < n:
     size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -117,8 +119,8 @@ def bucket(n: int) -> int:
 class Generator:
   """Generates for lists of rows: sorted by length, in batches of one compiled shape a length bucket.
 
-  One batch computes while the one before it is turned into text. With several hosts every host makes the same calls with
-  the same rows, computes its share of each batch (rows lie along the mesh's batch axes), and gets all answers.
+  One batch computes while the one before it is turned into text. With several hosts every host makes the same calls
+  with the same rows, computes its share of each batch (rows lie along the mesh's batch axes), and gets all answers.
   """
 
   def __init__(
@@ -131,7 +133,7 @@ class Generator:
     mesh: jax.sharding.Mesh | None = None,
     rules: dict | None = None,
   ):
-    """`batch` counts rows over all devices and is rounded up to what the mesh's batch axes need; without `mesh`, one device."""
+    """`batch` counts rows over all devices, rounded up to what the mesh's batch axes need; no `mesh`: one device."""
     self.skeleton, self.tokenizer, self.options = skeleton, tokenizer, options
     self._mesh, self._rules = mesh, rules
     self._rows = sharding.batch_sharding(mesh, rules) if mesh is not None else None
@@ -159,7 +161,7 @@ class Generator:
   def stream(
     self, params, rows: Sequence[Sequence[int]], *, seed: int = 0, ids: Sequence[object] | None = None
   ) -> Iterator[tuple[list[int], list[Answer]]]:
-    """Yields (positions in `rows`, their Answers) a batch, longest rows first, so that running out of memory shows at once."""
+    """Yields (positions in `rows`, their Answers) a batch, longest rows first: a lack of memory shows at once."""
     ids = range(len(rows)) if ids is None else ids
     lengths = np.fromiter((len(r) for r in rows), np.int64, len(rows))
     if len(rows) and lengths.min() == 0:
@@ -167,8 +169,8 @@ class Generator:
     largest, vocab = np.fromiter((max(r) for r in rows), np.int64, len(rows)), self.skeleton.generation["vocab"]
     if (largest >= vocab).any():
       raise InputError(
-        f"generation: input {ids[int(largest.argmax())]!r} has the token id {largest.max()}, but the model's vocabulary "
-        f"has {vocab} entries: this is the tokenizer of another model."
+        f"generation: input {ids[int(largest.argmax())]!r} has the token id {largest.max()}, but the model's "
+        f"vocabulary has {vocab} entries: this is the tokenizer of another model."
       )
     order = np.argsort(-lengths, kind="stable")
     size = min(self._batch, -(-max(len(rows), 1) // self._shards) * self._shards)

@@ -1,6 +1,7 @@
 """What a generation run is told: lengths, strategy, special tokens; read from generation_config.json and the caller.
 
-Every field of a generation_config.json that can change an output is read here or refused; nothing is dropped in silence.
+Every field of a generation_config.json that can change an output is read here or refused; nothing is dropped in
+silence.
 """
 
 import dataclasses
@@ -12,7 +13,10 @@ from jaxft.errors import InputError
 
 log = logging.getLogger("jaxft")
 
-# Fields that change the output and that this code does not compute, with the value that switches each off.
+FILE = "generation_config.json (or config.json, where there is none)"  # what messages blame
+
+# Fields that change the output and that this code does not compute, with the value that switches each off (so does an
+# empty list or object).
 REFUSED = dict(
   bad_words_ids=None,
   sequence_bias=None,
@@ -32,24 +36,32 @@ REFUSED = dict(
   stop_strings=None,
   token_healing=False,
   dola_layers=None,
-  low_memory=None,
 )
 REFUSED_IN_SAMPLING = dict(min_p=None, top_h=None, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0)
 
 # Fields that are read, and fields that say how to compute or what to return but not which tokens come out.
-READ = frozenset(
+KINDS = (  # (what a field must be, its test, the fields)
   (
-    "max_length max_new_tokens min_length min_new_tokens num_beams length_penalty early_stopping do_sample temperature top_k "
-    "top_p num_return_sequences eos_token_id pad_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id "
-    "suppress_tokens begin_suppress_tokens no_repeat_ngram_size repetition_penalty"
-  ).split()
+    "a whole number",
+    lambda v: type(v) is int,
+    "max_length max_new_tokens min_length min_new_tokens num_beams top_k num_return_sequences pad_token_id "
+    "decoder_start_token_id forced_bos_token_id no_repeat_ngram_size".split(),
+  ),
+  ("a number", lambda v: type(v) in (int, float), "length_penalty temperature top_p repetition_penalty".split()),
+  (
+    "a whole number or a list of them",
+    lambda v: type(v) is int or (isinstance(v, (list, tuple)) and all(type(i) is int for i in v)),
+    "eos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens".split(),
+  ),
 )
+READ = frozenset(("early_stopping", "do_sample", *(k for _, _, names in KINDS for k in names)))
 HARMLESS = frozenset(
   (
     "bos_token_id transformers_version _from_model_config use_cache cache_implementation cache_config max_cache_len "
-    "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate return_legacy_cache is_assistant "
-    "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit "
-    "assistant_lookbehind target_lookbehind prompt_lookup_num_tokens max_matching_ngram_size compile_config disable_compile "
+    "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate return_legacy_cache "
+    "is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
+    "assistant_early_exit assistant_ensemble_weight assistant_lookbehind target_lookbehind prompt_lookup_num_tokens "
+    "max_matching_ngram_size speculation_type compile_config disable_compile continuous_batching_config low_memory "
     "prefill_chunk_size use_mtp"
   ).split()
 )
@@ -60,8 +72,9 @@ class Options:
   """How to generate. Token counts are of new tokens, without the decoder's start token, with the end token.
 
   length: most new tokens; min_length: the end token is barred before so many. beams: 1 is greedy, or sampling where
-  temperature > 0. length_penalty: scores are summed log-probabilities / length ** penalty. early_stopping: False, True or
-  "never", as in transformers. samples: sequences returned a row (beams: at most `beams`). top_k 0 and top_p 1 are off.
+  temperature > 0. length_penalty: scores are summed log-probabilities / length ** penalty. early_stopping: False, True
+  or "never", as in transformers. samples: sequences returned a row (beams: at most `beams`). top_k 0 and top_p 1 are
+  off.
   """
 
   length: int
@@ -118,6 +131,14 @@ class Options:
           "top_k and top_p act on sampling only; give a temperature above 0 with them",
         ),
         (not self.eos, "the model names no end token (eos_token_id)"),
+        (
+          self.forced_bos in self.suppress,
+          f"forced_bos_token_id {self.forced_bos} is among suppress_tokens, which leaves no first token",
+        ),
+        (
+          self.forced_eos and set(self.forced_eos) <= set(self.suppress),
+          f"forced_eos_token_id {list(self.forced_eos)} is among suppress_tokens, which leaves no last token",
+        ),
       )
       if wrong
     ]
@@ -131,7 +152,7 @@ class Options:
 
 
 def read(generation: Mapping[str, Any], config: Mapping[str, Any] | None, **given: Any) -> Options:
-  """Returns the Options of a model: `given` first (None: not given), then its generation_config.json, then neutral values.
+  """Returns the Options of a model: `given` first (None: not given), then its generation_config.json, then neutral.
 
   `generation` is Skeleton.generation (decoder_start, eos, pad); `config` the parsed generation_config.json or None.
   `given` are fields of Options. Two neutral values differ from transformers on purpose: top_k is off (there: 50), and
@@ -143,10 +164,10 @@ def read(generation: Mapping[str, Any], config: Mapping[str, Any] | None, **give
     given["temperature"] > 0 if "temperature" in given else bool(c.get("do_sample")) and given.get("beams", 1) == 1
   )
   check(c, sampling)
-  # max_length and min_length of the file count the decoder's start token.
+  # max_length and min_length of the file count the decoder's start token; the other two go before them.
   theirs = dict(
     length=c.get("max_new_tokens", c["max_length"] - 1 if "max_length" in c else None),
-    min_length=max(c.get("min_new_tokens", 0), c.get("min_length", 0) - 1, 0),
+    min_length=max(c.get("min_new_tokens", c.get("min_length", 0) - 1), 0),
     beams=c.get("num_beams"),
     samples=c.get("num_return_sequences"),
     length_penalty=c.get("length_penalty"),
@@ -177,19 +198,27 @@ def read(generation: Mapping[str, Any], config: Mapping[str, Any] | None, **give
 
 def check(config: Mapping[str, Any], sampling: bool) -> None:
   """Raises InputError for fields of a generation_config.json that change the output and are not implemented here."""
+  wrong = [
+    f"{k}={config[k]!r} (it is {what})"
+    for what, test, names in KINDS
+    for k in names
+    if config.get(k) is not None and not test(config[k])
+  ]
+  if wrong:
+    raise InputError(f"{FILE}: of a wrong type: {', '.join(wrong)}. Correct it there.")
   refused = REFUSED | (REFUSED_IN_SAMPLING if sampling else {})
-  bad = [f"{k}={config[k]!r}" for k, off in refused.items() if config.get(k) is not None and config[k] != off]
+  bad = [f"{k}={config[k]!r}" for k, off in refused.items() if config.get(k) not in (None, [], {}, off)]
   if bad:
     raise InputError(
-      f"generation_config.json: {', '.join(bad)} would change the output and is not implemented; remove it "
+      f"{FILE}: {', '.join(bad)} would change the output and is not implemented; remove it "
       "from the file (the outputs will then differ from those of transformers with it)."
     )
   unknown = sorted(k for k in config if k not in READ | HARMLESS | REFUSED.keys() | REFUSED_IN_SAMPLING.keys())
   if unknown:
-    log.warning("generation_config.json: %s not known here and not used", ", ".join(unknown))
+    log.warning("%s: %s not known here and not used", FILE, ", ".join(unknown))
 
 
 def _ids(value: Any) -> tuple[int, ...]:
   if value is None:
     return ()
-  return (int(value),) if isinstance(value, int) else tuple(int(v) for v in value)
+  return (value,) if isinstance(value, int) else tuple(value)

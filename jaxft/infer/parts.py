@@ -1,4 +1,4 @@
-"""The files of a batch decode that survive a kill: finished rows beside a manifest, then one file under its final name."""
+"""The files of a batch decode that survive a kill: finished rows beside a manifest, then one file, named at the end."""
 
 import fcntl
 import json

@@ -41,9 +41,8 @@ def constrain(scores_BKV: jax.Array, tokens_BKL: jax.Array, n: jax.Array, o: Opt
 
 
 def _only(ids: Sequence[int], V: int) -> np.ndarray:
-  mask = np.zeros(V, bool)
-  mask[np.asarray(ids, int)[np.asarray(ids, int) < V]] = True
-  return mask
+  """Returns bool [V]; ids outside the vocabulary mark nothing (old files say [-1] for "none")."""
+  return np.isin(np.arange(V), np.asarray(ids, int))
 
 
 def _before(tokens_BKL: jax.Array, n: jax.Array) -> jax.Array:

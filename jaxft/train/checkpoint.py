@@ -142,6 +142,21 @@ class Checkpointer:
     self._last = step
     return True
 
+  def annotate(self, step: int, *, metrics: Mapping[str, float | None], extra: Mapping[str, Any]) -> None:
+    """Puts what was measured after the save of `step` into its metadata; the arrays stay as they are."""
+    self.wait()
+    meta = dict(self.meta(step), metrics=_finite(metrics), extra=extra)
+    self._metas.pop(step)
+    if jax.process_index() == 0:
+      file = self.folder / str(step) / "meta" / "metadata"
+      fresh = file.with_name("metadata.new")
+      try:
+        fresh.write_text(json.dumps(manifest.seal(meta)))
+        fresh.replace(file)
+      except OSError as e:
+        raise StorageError(f"{file} cannot be written: {e}. Free some space and run the same command again.") from e
+    _barrier("annotate")
+
   def poll(self) -> None:
     """Raises StorageError as soon as a running save has failed; when it has ended well, prunes. Costs microseconds."""
     if self._saving is not None and jax.process_count() > 1:
@@ -217,9 +232,9 @@ class Checkpointer:
     """Returns (state, metadata) of `step` (None: the latest good one), or None where there is no checkpoint at all.
 
     abstract: leaves with shape, dtype and, where it matters, sharding; any mesh will do. partial: the checkpoint may
-    hold more. A writing checkpointer sets aside a latest checkpoint that is bad, and whatever is newer than what it
-    returns. Raises StorageError where nothing good is left, InputError, with all names, where the checkpoint is of
-    another model.
+    hold more. Without `step` a writing checkpointer goes on from what it returns: it sets aside a latest checkpoint
+    that is bad. With `step` it only reads. Raises StorageError where nothing good is left, InputError, with all names,
+    where the checkpoint is of another model.
     """
     self.wait()
     there = self._directories()
@@ -240,11 +255,17 @@ class Checkpointer:
         )
         bad.append(s)
         continue
-      newer = [x for x in there if x > s]
-      if self._write and newer:
-        self._set_aside(newer, "not usable" if step is None else f"newer than step {s}, to which this run goes back")
-      self._last = s
+      if step is None and self._write:
+        if bad:
+          self._set_aside(bad, "not usable")
+        self._last = s
       return state, meta
+    if step is not None:
+      others = [s for s in self.steps() if s != step]
+      raise StorageError(
+        f"The checkpoint of step {step} in {self.folder} cannot be used (see above). Others there: "
+        f"{', '.join(map(str, others)) or 'none'}."
+      )
     if bad or (not there and self._has_aside()):
       raise StorageError(
         f"None of the checkpoints in {self.folder} can be used ({', '.join(map(str, bad)) or 'all were set aside'}; "

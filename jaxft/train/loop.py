@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxft import observe
+from jaxft.data.files import compact
 from jaxft.errors import InputError, NumbersError, Preempted, StorageError, did_you_mean
 from jaxft.train import checkpoint
 from jaxft.train import step as train_step
@@ -43,7 +44,7 @@ class Evaluator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Numbers of a run. flops of a step and peak FLOP/s count all devices together; 0: unknown."""
+  """Numbers of a run. flops(step), step from 0, and peak FLOP/s count all devices together; 0: unknown."""
 
   steps: int
   epoch_steps: float  # optimizer steps of one epoch
@@ -51,7 +52,7 @@ class Plan:
   save_every: int  # steps between two saves; 0: only by the clock and at the end
   save_minutes: float  # 0: never by the clock
   skip: int  # non-finite steps in a row that are passed over
-  flops: float
+  flops: Callable[[int], float]
   peak: float
 
 
@@ -125,10 +126,10 @@ class Signals:
 class _Tail:
   """Steps that were started and whose metrics nobody has read yet."""
 
-  def __init__(self, plan: Plan, observer: observe.Observer, example_ids: Callable[[int], Sequence[int]], bad: int):
-    self._plan, self._observer, self._ids, self._bad, self._bad_steps = plan, observer, example_ids, bad, []
+  def __init__(self, plan: Plan, observer: observe.Observer, examples: Callable[[int], Sequence[str]], bad: int):
+    self._plan, self._observer, self._examples, self._bad, self._bad_steps = plan, observer, examples, bad, []
     self._waiting: collections.deque[tuple[int, Mapping[str, jax.Array]]] = collections.deque()
-    self.meter = observe.Meter(flops=plan.flops, peak=plan.peak)
+    self.meter = observe.Meter(peak=plan.peak)
     self._first = True
 
   def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -144,7 +145,7 @@ class _Tail:
   def _read(self, step: int, values: dict[str, float]) -> None:
     weight, non_finite = values.pop("weight"), values.pop("non_finite")
     values.pop("bad", None)
-    self.meter.done(step, weight)
+    self.meter.done(step, weight, self._plan.flops(step - 1))
     self._bad, rates = self._bad + 1 if non_finite else 0, {}
     if self._first:
       observe.log.debug("the first step, with its compilation, took %.1f s", self.meter.seconds())
@@ -159,19 +160,18 @@ class _Tail:
       self._observer.log(step, {"epoch": epoch, "loss": values.pop("loss"), **values, "target_tokens": weight, **rates})
 
   def _passed_over(self, step: int, values: Mapping[str, float]) -> None:
-    ids = list(self._ids(step - 1))
-    self._bad_steps = [*self._bad_steps, (step, ids)][-self._bad :]
+    places = list(self._examples(step - 1))
+    self._bad_steps = [*self._bad_steps, (step, places)][-self._bad :]
     what = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-    observe.log.warning("Step %d is not finite (%s): no update. Its examples: %s", step, what, _some(ids))
-    observe.log.debug("all examples of step %d: %s", step, ids)
+    observe.log.warning("Step %d is not finite (%s): no update. Its examples: %s", step, what, _some(places))
+    observe.log.debug("all examples of step %d: %s", step, places)
     self._observer.log(step, {"non_finite_in_a_row": self._bad})
     if self._bad > self._plan.skip:
-      told = "; ".join(f"step {s}: examples {_some(i)}" for s, i in self._bad_steps)
+      told = "; ".join(f"step {s}: examples {_some(p)}" for s, p in self._bad_steps)
       raise NumbersError(
         f"Loss or gradient was not finite {self._bad} times in a row ({what}), more than numbers.skip="
-        f"{self._plan.skip} allows. None of these updates was made. {told}. Look at these rows of the training data "
-        "(numbers are rows of the token cache, from 0), or lower optimizer.lr, or raise optimizer.warmup; the last "
-        "checkpoint is good."
+        f"{self._plan.skip} allows. None of these updates was made. {told}. Look at these rows, lower optimizer.lr or "
+        "raise optimizer.warmup; the last checkpoint is good. log.txt in the run folder names all the rows."
       )
 
 
@@ -182,7 +182,7 @@ def train(
   plan: Plan,
   *,
   put: Callable[[Mapping], Mapping[str, jax.Array]],
-  example_ids: Callable[[int], Sequence[int]],
+  examples: Callable[[int], Sequence[str]],
   evaluators: Sequence[Evaluator],
   stop: EarlyStop,
   checkpointer: checkpoint.Checkpointer,
@@ -193,13 +193,13 @@ def train(
   """Trains from `state.step` to the end of `plan`, or to `stop`; what it started with is saved and reported on the way.
 
   step_fn(state, batch) -> (state, metrics), compiled, may consume the state. batches(start, stop) yields (step, numpy
-  rows), where step counts from 0; put places them on the devices; example_ids(step) says which examples they hold.
-  evals: those of earlier processes, from the checkpoint's metadata. Raises Preempted after a signal, NumbersError,
-  StorageError.
+  rows), where step counts from 0; put places them on the devices; examples(step) says where they come from (file and
+  line). evals: those of earlier processes, from the checkpoint's metadata. Raises Preempted after a signal,
+  NumbersError, StorageError.
   """
   step = start = int(state.step)
   judge = _Judge(evaluators, stop, checkpointer.best, checkpointer.mode, evals, observer)
-  tail = _Tail(plan, observer, example_ids, int(state.bad))
+  tail = _Tail(plan, observer, examples, int(state.bad))
   saver = _Saver(checkpointer, plan, judge, observer)
   if step == 0:
     judge.run(state, step, plan.steps)
@@ -224,8 +224,8 @@ def train(
         tail.meter.exclude(saver.save(state, step))
       checkpointer.poll()
   tail.settle(0)
-  judge.run(state, step, step)
-  saver.save(state, step)
+  _, seconds = judge.run(state, step, step)
+  saver.save(state, step, measured=bool(seconds))
   checkpointer.wait()
   return Outcome(state, step, "early stop" if stop.stopped and step < plan.steps else "done", judge.evals)
 
@@ -285,7 +285,8 @@ class _Judge:
       self._observer.note(
         "step %d  %s", step, "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in found.items())
       )
-    before = [self._sign * v[self._best] for _, v in self.evals if math.isfinite(v.get(self._best, math.nan))]
+    # step 0 is never saved, so it does not count: the best of what can be exported is meant
+    before = [self._sign * v[self._best] for s, v in self.evals if s and math.isfinite(v.get(self._best, math.nan))]
     now = self._sign * values.get(self._best, math.nan)
     self.evals.append((step, values))
     self._stop.see(values)
@@ -326,23 +327,27 @@ class _Saver:
   def due(self, step: int) -> bool:
     if self._plan.save_every and step % self._plan.save_every == 0:
       return True
-    if (
-      not self._plan.save_minutes or step % self._plan.log_every
-    ):  # the clock is read rarely: with several hosts that costs a message
+    # with several hosts a look at the clock costs a message
+    if not self._plan.save_minutes or (jax.process_count() > 1 and step % self._plan.log_every):
       return False
     late = time.monotonic() - self._since >= 60 * self._plan.save_minutes
     if jax.process_count() > 1:
       late = bool(multihost_utils.broadcast_one_to_all(np.array(late)))  # clocks differ: the first host decides
     return late
 
-  def save(self, state: train_step.TrainState, step: int) -> float:
-    """Starts a save (none if `step` is saved already) and returns the seconds for which training stood still."""
+  def save(self, state: train_step.TrainState, step: int, *, measured: bool = False) -> float:
+    """Starts a save (none if `step` is saved already) and returns the seconds for which training stood still.
+
+    measured: evaluations were run since; they are put into a checkpoint that is there already.
+    """
     began = time.perf_counter()
     extra = dict(
       evals=[[s, {k: v if math.isfinite(v) else str(v) for k, v in values.items()}] for s, values in self._judge.evals]
     )
     if self._checkpointer.save(step, state, metrics=self._judge.metrics(step), extra=extra):
       observe.log.debug("saving step %d, training stood still for %.2f s", step, time.perf_counter() - began)
+    elif measured:
+      self._checkpointer.annotate(step, metrics=self._judge.metrics(step), extra=extra)
     self._since = time.monotonic()
     return time.perf_counter() - began
 
@@ -362,5 +367,5 @@ def evals_of(meta: Mapping[str, Any]) -> Evals:
   return [(s, {k: float(v) for k, v in values.items()}) for s, values in meta["extra"]["evals"]]
 
 
-def _some(ids: Sequence[int]) -> str:
-  return ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+def _some(places: Sequence[str]) -> str:
+  return compact(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")

@@ -1,12 +1,18 @@
 """The folder of a run: one job at a time, one config, and known to be writable before hours are spent."""
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxft import config, observe
 from jaxft.errors import InputError, StorageError
@@ -29,6 +35,18 @@ MAY_CHANGE = (
 )
 BEAT_SECONDS = 5.0  # the holder of a lock touches it this often
 FOREIGN_SECONDS = 20.0  # a lock from another host that nobody touched for so long is dead
+
+
+def path(folder: str) -> pathlib.Path:
+  """Returns the absolute path of a run folder (Orbax takes no other); raises InputError for an address such as gs://..."""
+  if not folder:
+    raise InputError("--workdir=RUN, the folder of a run, is missing.")
+  if re.match(r"[a-z0-9]+://", folder):
+    raise InputError(
+      f"The work directory {folder} is an address; jaxft writes to file systems only. Mount the bucket on every host "
+      "(for gs:// with gcsfuse; launch/tpu_vm/setup.sh --bucket does so) and give the path below the mount."
+    )
+  return pathlib.Path(folder).expanduser().absolute()
 
 
 def probe(folder: str | pathlib.Path) -> pathlib.Path:
@@ -61,13 +79,13 @@ def check_workdir(folder: str | pathlib.Path, config_json: str, may_change: Sequ
   Keys under `may_change` may differ: each is told, and the file is written anew.
   """
   folder = pathlib.Path(folder)
-  path = folder / "config.json"
-  if path.exists():
+  file = folder / "config.json"
+  if file.exists():
     try:
-      before = config.from_json(path.read_text(encoding="utf-8"))
+      before = config.from_json(file.read_text(encoding="utf-8"))
     except ValueError as e:
       raise StorageError(
-        f"{path} is not readable JSON ({e}). Put the run's config back, or give another --workdir."
+        f"{file} is not readable JSON ({e}). Put the run's config back, or give another --workdir."
       ) from e
     changed = config.differences(config.from_json(config_json), before)
     free = {k for k in changed if any(k == m or k.startswith(m + ".") for m in may_change)}
@@ -82,13 +100,13 @@ def check_workdir(folder: str | pathlib.Path, config_json: str, may_change: Sequ
       observe.log.info("config: %s was %s in this work directory and is %s from here", k, *map(_show, changed[k]))
     if not free:
       return
-  fresh = folder / f".config-{os.getpid()}.json"
+  fresh = folder / f".config-{socket.gethostname()}-{os.getpid()}.json"
   try:
     folder.mkdir(parents=True, exist_ok=True)
     fresh.write_text(config_json, encoding="utf-8")
-    os.replace(fresh, path)
+    os.replace(fresh, file)
   except OSError as e:
-    raise StorageError(f"{path} cannot be written: {e}. Free some space or give another --workdir.") from e
+    raise StorageError(f"{file} cannot be written: {e}. Free some space or give another --workdir.") from e
 
 
 def _show(value) -> str:
@@ -114,6 +132,27 @@ def _alive(pid: int, born: str) -> bool:
   except PermissionError:
     return True
   return True
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path, config_json: str, main: bool) -> Iterator[None]:
+  """Holds the run folder for this job and config; what process 0 (`main`) refuses, all refuse with its code."""
+  problem = None
+  with contextlib.ExitStack() as stack:
+    if main:
+      try:
+        stack.enter_context(Lock(folder))
+        check_workdir(folder, config_json)
+      except (InputError, StorageError) as e:
+        problem = e
+    if jax.process_count() > 1:
+      code = int(multihost_utils.broadcast_one_to_all(np.int32(problem.code if problem else 0)))
+      if code and not problem:
+        kind = StorageError if code == StorageError.code else InputError
+        problem = kind(f"Process 0 refused the work directory {folder}; its message says why.")
+    if problem:
+      raise problem
+    yield
 
 
 class Lock:

@@ -1,8 +1,7 @@
 """The token cache: same content whoever builds it, built again exactly when something changed, lengths applied on top.
 
 Catches: chunks out of order, counts lost between processes, a fingerprint without one of its parts, truncation that
-cuts
-EOS or counts wrongly, half-written caches that are taken for whole ones.
+cuts EOS or counts wrongly, examples counted as rows, half-written caches that are taken for whole ones.
 """
 
 import json
@@ -13,9 +12,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from jaxft.data import build, cache, clean, tasks
+from jaxft.data import build, cache, clean, report, tasks
 from jaxft.errors import InputError, StorageError
 
 PAIRS = [(f"in {i}", f"out {'x' * (i % 5)}{i}") for i in range(17)]
@@ -38,6 +39,65 @@ def test_contents(make_store, byt5):
     s.report["rows_read"] == s.report["rows_kept"] == 17 and s.report["eos_last"] == 1 and s.report["dropped"] == {}
   )
   assert s.meta["dtype"] == "uint16" and s.report["largest"] == ord("x") + 3
+
+
+def test_the_order_of_parallel_files_is_the_direction(make_store, tmp_path):
+  (tmp_path / "x.en").write_text("one\n")
+  (tmp_path / "x.de").write_text("eins\n")
+  en, de = str(tmp_path / "x.en"), str(tmp_path / "x.de")
+  assert make_store(source=dict(en=en, de=de)).texts(0) == ("one", "eins")
+  assert make_store(source=dict(de=de, en=en)).texts(0) == ("eins", "one")
+
+
+def test_rows_of_other_columns_keep_their_fields(make_store, tmp_path):
+  rows = [{"instruction": "i", "output": "o"}, {"instruction": "i", "input": "x", "output": "o"}] * 2
+  (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  s = make_store(source=str(tmp_path / "x.jsonl"))
+  assert [s.texts(i)[0] for i in range(4)] == ["i", "i\n\nx"] * 2
+  assert [t["input"] for t in s.report["tasks"]] == ["{instruction}", ["{instruction}", "{input}"]]
+
+
+def test_binary_columns_are_text_or_an_error(make_store, tmp_path):
+  path = str(tmp_path / "x.parquet")
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": "ä".encode(), "b": [b"x", b"y"]}]), path)
+  assert make_store(source=path, task=tasks.Task("seq2seq", "{a}", "{b.*}")).texts(0) == ("ä", "x y")
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": b"x", "b": b"y"}, {"a": b"\xe9", "b": b"y"}]), path)
+  with pytest.raises(InputError, match="x.parquet, row 2: task.input names the field {a}.*not UTF-8"):
+    make_store(source=path)
+
+
+def test_half_a_character_is_dropped_with_its_row(make_store, tmp_path):
+  lines = [
+    '{"input": "a", "target": "b"}',
+    r'{"input": "\ud83d", "target": "b"}',
+    r'{"input": "c", "target": "\udead"}',
+    r'{"input": "\ud83d\ude00", "target": "d", "other": "\ud83d"}',
+  ]
+  (tmp_path / "x.jsonl").write_text("\n".join(lines))
+  s = make_store(source=str(tmp_path / "x.jsonl"))
+  assert [s.texts(i)[0] for i in range(len(s))] == ["a", "\U0001f600"]
+  drop = s.report["dropped"][clean.SURROGATE]
+  assert drop["count"] == 2 and [r.rsplit(" ", 1)[1] for r in drop["rows"]] == ["2", "3"]
+
+
+@pytest.mark.parametrize("given", [dict(limit=-1), dict(workers=-1)])
+def test_counts_below_zero(make_store, given):
+  with pytest.raises(InputError, match=f"config: data.{next(iter(given))}.* is -1"):
+    make_store(PAIRS, **given)
+
+
+def test_machines_without_affinity(make_store, monkeypatch):
+  monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+  assert len(make_store(PAIRS, workers=0)) == 17
+  monkeypatch.setattr(os, "cpu_count", lambda: None)
+  assert build._cores() == 1
+
+
+def test_paths_and_other_things_as_sources(make_store, tmp_path):
+  (tmp_path / "x.csv").write_text("input,target\n1,2\n")
+  assert len(make_store(source=tmp_path / "x.csv")) == 1
+  with pytest.raises(InputError, match="7 is not a source"):
+    make_store(source=7)
 
 
 def test_large_vocabulary_is_int32(make_store, byt5, monkeypatch):
@@ -159,6 +219,18 @@ def test_too_long_drop(make_store):
   assert len(s) == 8 and s.report["dropped"]["longer than data.lengths (inputs 41, targets 29)"]["count"] == 2
   with pytest.raises(InputError, match="all 1 examples"):
     make_store(LONG[8:9], too_long="drop")
+
+
+def test_too_long_counts_rows_and_not_their_repeats(make_store, tmp_path):
+  rows = [{"input": x, "target": "t"} for x in ("i" * 60, "a", "b")]
+  (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  source = [(str(tmp_path / "x.jsonl"), 3)]
+  s = make_store(source=source, too_long="drop")
+  drop = s.report["dropped"]["longer than data.lengths (inputs 41, targets 29)"]
+  assert drop["count"] == len(drop["rows"]) == 1 and s.report["examples"] == 6
+  assert "3 rows read, 2 kept" in report.notice(s.report)
+  cut = make_store(source=source, too_long="truncate").report["cut"]["inputs"]
+  assert cut["count"] == 3 and len(cut["rows"]) == 1
 
 
 @pytest.mark.parametrize(

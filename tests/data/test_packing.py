@@ -1,8 +1,7 @@
 """Packing: every example exactly once, no side over its cap, the same plan every time, rows full.
 
 Catches: one side's cap ignored, an example lost or doubled where runs meet or where loose rows are packed again, an
-order
-that depends on anything but the arguments, a window that closes rows too early.
+order that depends on anything but the arguments, a window that closes rows too early.
 """
 
 import numpy as np

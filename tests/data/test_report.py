@@ -1,12 +1,15 @@
 """The report fits its terminal and says what happened.
 
-Catches: a count without its rows, a supervised part that is not marked, lines over the width, warnings that never come.
+Catches: a count without its rows, a supervised part that is not marked, lines over the width, warnings that never come,
+an evaluation whose data shrinks in silence, a row that was taken for a header.
 """
 
 import dataclasses
+import types
 
 import pytest
 
+from jaxft import setup
 from jaxft.data import clean, pipeline, report
 
 PAIRS = [("a b c" * 3, "Ein Mann"), ("q", ""), ("x\ty \u2028 z", "Fenster" * 9), ("q", "Frei")] + [
@@ -62,3 +65,49 @@ def test_lopsided_lengths_are_named(make_store, byt5):
   s = make_store([("ab", "c" * 30)] * 50, lengths=lengths)
   r = report.make(s, pipeline.Batches(s, seed=1, batch=4, lengths=lengths, pack=True, buckets=(), shuffle=True), byt5)
   assert any("--config.data.lengths.inputs=8 " in w for w in r["warnings"])
+
+
+def test_notice_is_one_line_of_what_was_lost(make_store):
+  pairs = [("a", "b"), ("q", ""), ("c", "d" * 50), ("a", "b")]
+  tidy = dataclasses.replace(clean.NOTHING, dedup=True)
+  line = report.notice(make_store(pairs, clean=tidy, too_long="truncate").report)
+  for part in (
+    "4 rows read, 2 kept",
+    "dropped 1 (empty target; in.txt + out.txt, line 2)",
+    f"dropped 1 ({clean.DUPLICATE}; in.txt + out.txt, line 4)",
+    "cut 1 targets (41.51% of all target tokens; in.txt + out.txt, line 3)",
+  ):
+    assert part in line, line
+  assert "\n" not in line and report.notice(make_store([("a", "b")]).report) == ""
+
+
+def test_evaluators_say_what_their_data_lost(make_store, caplog, monkeypatch):
+  store = make_store([("a", "b"), ("q", "")])
+  monkeypatch.setattr(setup, "store", lambda *_: store)
+  monkeypatch.setattr(setup.evaluators, "whole_batch", lambda *_: 4)
+  monkeypatch.setattr(setup.evaluators, "LossEvaluator", lambda *_, **__: None)
+  data = types.SimpleNamespace(validation="", lengths=store.caps, pack=True, buckets=())
+  model = types.SimpleNamespace(tokenizer=None, mesh=None, rules=None, skeleton=None)
+  e = dict(kind="loss", data="x", limit=0, batch=4, every=0)
+  setup._evaluator(types.SimpleNamespace(data=data), model, None, "dev", e)
+  assert "evals.dev" in caplog.text and "dropped 1 (empty target; in.txt + out.txt, line 2)" in caplog.text
+
+
+@pytest.mark.parametrize(
+  "header,odd",
+  [
+    ("Where is it?\tWo ist es?", True),
+    ("Yes, we can do it\tJa", True),
+    ("x" * 61 + "\ty", True),
+    ("source text\ttarget (de)", False),
+    ("price, USD\tNo.", False),
+  ],
+)
+def test_a_row_that_was_taken_for_a_header(make_store, byt5, tmp_path, header, odd):
+  (tmp_path / "x.tsv").write_text(header + "\na\tb\n")
+  s = make_store(source=str(tmp_path / "x.tsv"))
+  batches = pipeline.Batches(s, seed=1, batch=4, lengths=s.caps, pack=True, buckets=(), shuffle=True)
+  found = [w for w in report.make(s, batches, byt5)["warnings"] if "column names" in w]
+  assert bool(found) == odd == bool(report.notice(s.report))
+  if odd:
+    assert header[:20].split("\t")[0] in found[0] and "x.tsv" in found[0]

@@ -1,7 +1,7 @@
 """Evaluators: values that do not depend on batch size, padding or devices, and samples that show what happened.
 
-Catches: a mean of batch means, the padded rows of the last batch counted, padding tokens counted, smoothing in the reported loss,
-outputs and references paired in another order, a length limit that cuts in silence.
+Catches: a mean of batch means, the padded rows of the last batch counted, padding tokens counted, smoothing in the
+reported loss, outputs and references paired in another order, a length limit that cuts in silence.
 """
 
 import json

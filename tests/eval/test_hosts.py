@@ -1,6 +1,7 @@
 """Evaluators and batch decode on two processes with two devices each: the same numbers and the same file as on one.
 
-Catches: sums of one host's rows reported, hosts that feed the same rows twice, outputs of the other host lost, two writers.
+Catches: sums of one host's rows reported, hosts that feed the same rows twice, outputs of the other host lost, two
+writers.
 """
 
 import pathlib
@@ -25,11 +26,13 @@ sk, mesh, store = t.tiny.skeleton(), t.sharding.make_mesh(dict(data=-1, fsdp=1))
 whole = lambda x: jax.make_array_from_callback(x.shape, t.sharding.replicated(mesh), lambda i: x[i])
 params = jax.tree.map(whole, t.tiny.params(sk.shapes))
 batches = t.pipeline.Batches(store, seed=0, batch=4, lengths=t.CAPS, pack=False, buckets=(), shuffle=False)
-loss = t.evaluators.LossEvaluator("v", 0, skeleton=sk, batches=batches, loss_fn=t.loss_fn, mesh=mesh, rules=t.RULES).run(params, 0)
-g = t.generate.Generator(sk, t.Words(), t.options.Options(length=5, eos=(1,), pad=0, start=0), batch=4, mesh=mesh, rules=t.RULES)
-text = t.evaluators.GenerateEvaluator("g", 0, generator=g, store=store, names=("chrf",), samples=0, folder=None).run(params, 0)
+where = dict(mesh=mesh, rules=t.RULES)
+loss = t.evaluators.LossEvaluator("v", 0, skeleton=sk, batches=batches, loss_fn=t.loss_fn, **where).run(params, 0)
+g = t.generate.Generator(sk, t.Words(), t.options.Options(length=5, eos=(1,), pad=0, start=0), batch=4, **where)
+text = t.evaluators.GenerateEvaluator("g", 0, generator=g, store=store, names=("chrf",), samples=0, folder=None)
+text = text.run(params, 0)
 rows = [dict(id=i, text=store.texts(i)[0]) for i in range(t.N)]
-batch_decode.decode(g, params, rows, out, render=batch_decode.renderer("{text}", str.strip), about={})
+batch_decode.decode(g, params, rows, out, render=batch_decode.renderer(["{text}"], str.strip), about={})
 print("RESULT", loss["loss"], loss["accuracy"], loss["tokens"], *text.values(), flush=True)
 """
 

@@ -1,6 +1,7 @@
 """Metrics against the libraries' own calls and against values known beforehand.
 
-Catches: references and outputs swapped, sentence means in place of corpus scores, precision in place of f-measure, a missing stemmer.
+Catches: references and outputs swapped, sentence means in place of corpus scores, precision in place of f-measure, a
+missing stemmer.
 """
 
 import pytest

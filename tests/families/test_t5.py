@@ -19,6 +19,7 @@ import pytest
 from jaxft import hub, safetensors, trees
 from jaxft.errors import InputError
 from jaxft.families import registry, t5
+from jaxft.infer import options
 from jaxft.models import layers
 from tests.families import reference
 
@@ -94,16 +95,31 @@ def test_live(variant, tmp_path):
   compare(ours(tmp_path, rows), out["logits"][rows["target_segments"] > 0], out["loss"], out["grads"])
 
 
+OLD = {  # what config.json files of old also hold; null and neutral values among it
+  "t5": dict(num_beams=4, max_length=50, min_length=3, no_repeat_ngram_size=3, length_penalty=2.0, early_stopping=True),
+  "v1_1": dict(do_sample=False, top_k=50, bad_words_ids=None, num_beam_groups=2, suppress_tokens=[], bos_token_id=4),
+  "mt5": dict(eos_token_id=[1, 5], pad_token_id=None, forced_bos_token_id=7, use_cache=False),
+}
+
+
+@pytest.mark.parametrize("old", (False, True))
 @pytest.mark.parametrize("variant", ("t5", "v1_1", "mt5"))
-def test_export_is_what_transformers_writes(variant, tmp_path):
-  """Same files, tensors bit for bit, config.json and generation_config.json; from one file and from shards."""
+def test_export_is_what_transformers_writes(variant, old, tmp_path):
+  """Same files, tensors bit for bit, config.json and generation_config.json; from one file and from shards.
+
+  The folder they start from has no generation_config.json; with `old`, its config.json says how to generate.
+  """
   pytest.importorskip("torch", reason="no torch: that transformers loads what jaxft exports is not covered")
   model = reference.torch_model(variant, initializer_factor=0.7)
   for limit, shard_gb in (("50GB", 50), ("9KB", 9e-6)):
-    theirs, mine = tmp_path / f"theirs{limit}", tmp_path / f"mine{limit}"
-    model.save_pretrained(theirs, max_shard_size=limit)
-    skeleton = registry.skeleton(registry.read_config(theirs), **HOW)
-    params = hub.load(theirs, skeleton.rules, skeleton.shapes, None)
+    source, theirs, mine = (tmp_path / f"{name}{limit}" for name in ("source", "theirs", "mine"))
+    model.save_pretrained(source, max_shard_size=limit)
+    (source / "generation_config.json").unlink()
+    fields = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**fields, **(OLD[variant] if old else {})}))
+    type(model).from_pretrained(source).save_pretrained(theirs, max_shard_size=limit)
+    skeleton = registry.skeleton(registry.read_config(source), **HOW)
+    params = hub.load(source, skeleton.rules, skeleton.shapes, None)
     hub.save(
       mine,
       skeleton.rules,
@@ -176,6 +192,11 @@ SIZES = {  # numbers of the config.json files on the Hub, and their numbers of p
   "v1_1-large": (("t5", 32128, 1024, 64, 2816, 16, 24), 783_150_080),
   "v1_1-xl": (("t5", 32128, 2048, 64, 5120, 32, 24), 2_849_757_184),
   "v1_1-xxl": (("t5", 32128, 4096, 64, 10240, 64, 24), 11_135_332_352),
+  "flan-t5-small": (("t5", 32128, 512, 64, 1024, 6, 8), 76_961_152),
+  "flan-t5-base": (("t5", 32128, 768, 64, 2048, 12, 12), 247_577_856),
+  "flan-t5-large": (("t5", 32128, 1024, 64, 2816, 16, 24), 783_150_080),
+  "flan-t5-xl": (("t5", 32128, 2048, 64, 5120, 32, 24), 2_849_757_184),
+  "flan-t5-xxl": (("t5", 32128, 4096, 64, 10240, 64, 24), 11_135_332_352),
   "mt5-small": (("mt5", 250112, 512, 64, 1024, 6, 8), 300_176_768),
   "mt5-base": (("mt5", 250112, 768, 64, 2048, 12, 12), 582_401_280),
   "mt5-large": (("mt5", 250112, 1024, 64, 2816, 16, 24), 1_229_581_312),
@@ -183,6 +204,9 @@ SIZES = {  # numbers of the config.json files on the Hub, and their numbers of p
   "mt5-xxl": (("mt5", 250112, 4096, 64, 10240, 64, 24), 12_921_057_280),
   "byt5-small": (("t5", 384, 1472, 64, 3584, 6, 12, 4), 299_637_760),
   "byt5-base": (("t5", 384, 1536, 64, 3968, 12, 18, 6), 581_653_248),
+  "byt5-large": (("t5", 384, 1536, 64, 3840, 16, 36, 12), 1_228_183_552),
+  "byt5-xl": (("t5", 384, 2560, 64, 6720, 32, 36, 12), 3_737_801_728),
+  "byt5-xxl": (("t5", 384, 4672, 64, 12352, 64, 36, 12), 12_906_899_328),
 }
 
 
@@ -251,6 +275,12 @@ def test_fresh_weights_are_distributed_as_the_original():
     ("model_type", "mt-5", "did you mean 'mt5'"),
     ("dropout_rate", 1.0, "dropout"),
     ("quantization_config", {"bits": 8}, "quantization_config"),
+    ("model_type", ["t5"], "model_type is .'t5'."),
+    ("eos_token_id", "1", "eos_token_id='1'"),
+    ("eos_token_id", [1, None], "eos_token_id=.1, None."),
+    ("num_layers", True, "num_layers=True"),
+    ("num_heads", 0, "num_heads=0 .it is a whole number above 0"),
+    ("tie_word_embeddings", "false", "tie_word_embeddings='false'"),
   ],
 )
 def test_config_field_is_refused(field, value, says):
@@ -259,6 +289,44 @@ def test_config_field_is_refused(field, value, says):
     del config[field]
   with pytest.raises(InputError, match=says):
     registry.skeleton(config, **HOW)
+
+
+def test_old_config_says_how_to_generate(tmp_path):
+  """From the folder to the options of a search; the new config.json is without those fields."""
+  skeleton = registry.skeleton(reference.config("v1_1"), **HOW)
+  params = jax.tree.map(lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape), skeleton.shapes)
+  config = {**reference.config("v1_1"), **OLD["t5"], "top_k": None}
+  rest = dict(dtype="float32", shard_gb=1, generation_config=None, tokenizer_from=None)
+  hub.save(tmp_path, skeleton.rules, params, config, **rest)
+  found = registry.skeleton(registry.read_config(tmp_path), **HOW)
+  assert not registry.GENERATION & found.json.keys() and found.spec == skeleton.spec
+  assert found.generation_config == {**skeleton.generation_config, **OLD["t5"]}
+  o = options.read(found.generation, found.generation_config)
+  assert (o.beams, o.length, o.min_length, o.no_repeat_ngram, o.length_penalty) == (4, 49, 2, 3, 2.0)
+
+
+def test_generation_fields_are_those_of_transformers():
+  from transformers import GenerationConfig
+
+  assert set(GenerationConfig._get_default_generation_params()) - {"use_cache"} == registry.GENERATION
+
+
+def test_wrong_types_are_named_together():
+  config = {**reference.config("v1_1"), "vocab_size": "37", "dropout_rate": None, "d_ff": 17.0, "feed_forward_proj": 3}
+  with pytest.raises(InputError) as e:
+    registry.skeleton(config, **HOW)
+  for part in ("vocab_size='37'", "dropout_rate=None", "d_ff=17.0", "feed_forward_proj=3"):
+    assert part in str(e.value), part
+
+
+def test_null_tokens():
+  """A null pad is the first end token, as in transformers; no end token is for the options of a search to refuse."""
+  base = reference.config("v1_1")
+  made = lambda **changes: registry.skeleton({**base, **changes}, **HOW).generation
+  assert made(eos_token_id=[7, 5], pad_token_id=None)["pad"] == 7
+  assert made(eos_token_id=None)["eos"] == () and made(eos_token_id=None, pad_token_id=None)["pad"] == 3
+  with pytest.raises(InputError, match="both null.*first token"):
+    made(pad_token_id=None, decoder_start_token_id=None)
 
 
 CHANGES = dict(  # a field of config.json -> a value under which the result must change

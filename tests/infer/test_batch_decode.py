@@ -1,7 +1,8 @@
-"""Batch decode: each id exactly once whatever happens in between, in the order of the input, and nothing overwritten or mixed.
+"""Batch decode: each id exactly once whatever happens in between, in the order of the input, nothing overwritten.
 
-Catches: a half line kept after kill -9, rows decoded twice or lost on restart, output in the order of decoding, an output
-that exists replaced, a restart with other settings mixed in, duplicate ids found after the work instead of before it.
+Catches: a half line kept after kill -9, rows decoded twice or lost on restart, output in the order of decoding, an
+output that exists replaced, a restart with other settings mixed in, duplicate ids found after the work instead of
+before it.
 """
 
 import json
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxft.data import clean
 from jaxft.errors import InputError, StorageError
 from jaxft.infer import batch_decode, options, parts
 from jaxft.infer.generate import Answer
@@ -53,7 +55,7 @@ ROWS = [dict(id=f"r{i}", text="abcdefgh"[: 1 + i * 5 % 8] + " ü\u2028") for i i
 
 
 def run(out, rows=ROWS, generator=None, **given):
-  given = dict(render=batch_decode.renderer("{text}", str.strip), about=dict(model="m")) | given
+  given = dict(render=batch_decode.renderer(["{text}"], str.strip), about=dict(model="m")) | given
   return batch_decode.decode(generator or Upper(), PARAMS, rows, out, **given)
 
 
@@ -224,3 +226,25 @@ def test_checksum():
   mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
   assert batch_decode.checksum(dict(a=split)) == base
+
+
+def test_inputs_are_rendered_as_in_training():
+  """By the template that fits the row, chats without an answer among them, and with the same clean-up of fields."""
+  fix = clean.Options(strip=True, unicode="NFC", min_chars=0, max_chars=0, max_ratio=0.0, dedup=False).text
+  render = batch_decode.renderer([["{instruction}", "{input}"], "{question}", "{chat.prompt}"], fix)
+  assert render(dict(instruction=" Cafe\u0301 ", input=None)) == "Caf\u00e9"
+  assert render(dict(instruction="a", input="b")) == "a\n\nb"
+  assert render(dict(question="q")) == "q"
+  assert render(dict(messages=[dict(role="system", content="s"), dict(role="user", content="u")])) == "s\n\nu"
+  assert render(dict(prompt=[dict(role="user", content="u")])) == "u"
+  with pytest.raises(InputError, match="instruction"):
+    render(dict(text="x"))
+  with pytest.raises(InputError, match="takes one question"):
+    batch_decode.renderer(["{chat.prompt}"], fix)(dict(messages=[dict(role="assistant", content="a")]))
+
+
+def test_half_a_surrogate_pair_is_an_error_of_its_row(tmp_path):
+  rows = [dict(id="a", text="x \ud83d y"), dict(id="b", text="fine")]
+  report = run(tmp_path / "out.jsonl", rows)
+  assert read(tmp_path / "out.jsonl") == [dict(id="a", error="broken UTF-16 surrogate"), dict(id="b", output="FINE")]
+  assert report.code == 3

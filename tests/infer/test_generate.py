@@ -1,8 +1,8 @@
 """Greedy and beam search against transformers' `generate`, and what must not depend on the company a row keeps.
 
-Catches: K instead of M * K candidates; ended beams entering from the whole M * K; scores divided by a length without the end
-token or by that of the running beams; a stop rule with the wrong length; the heuristic not remembered; penalties and masks
-in another order; positions or cache one step off; the cache not reordered; padding attended to.
+Catches: K instead of M * K candidates; ended beams entering from the whole M * K; scores divided by a length without
+the end token or by that of the running beams; a stop rule with the wrong length; the heuristic not remembered;
+penalties and masks in another order; positions or cache one step off; the cache not reordered; padding attended to.
 """
 
 import importlib.util
@@ -83,7 +83,8 @@ def test_rows_do_not_depend_on_their_company(model, outputs):
   for name in ("greedy", next(n for n, way in tiny.WAYS.items() if way.get("early_stopping") is True)):
     o, all_ = outputs(name)
     run = jax.jit(
-      lambda p, i, s: generate.generate(sk.bind(p), i, s, jnp.zeros((3, 2), jnp.uint32), o), compiler_options=tiny.FAST
+      lambda p, i, s, o=o: generate.generate(sk.bind(p), i, s, jnp.zeros((3, 2), jnp.uint32), o),
+      compiler_options=tiny.FAST,
     )
     rows, pad = [4, 11], ((0, 1), (0, 5))
     some = jax.device_get(run(params, np.pad(ids[rows], pad), np.pad(segments[rows], pad)))

@@ -1,7 +1,7 @@
-"""Sampling: the filters against numpy, the distribution of the draw, and that a row's draw depends on nothing but itself.
+"""Sampling: the filters against numpy, the distribution of the draw, and that a row's draw depends on itself alone.
 
-Catches: top-k or top-p off by one token, filters before the temperature, noise shared between rows, samples or positions,
-noise that depends on the place in the batch, scores of the warped in place of the model's distribution.
+Catches: top-k or top-p off by one token, filters before the temperature, noise shared between rows, samples or
+positions, noise that depends on the place in the batch, scores of the warped in place of the model's distribution.
 """
 
 import jax
@@ -121,6 +121,37 @@ def test_options_are_read():
   assert options.read(GENERATION, dict(do_sample=True, temperature=0.6), length=8, temperature=0.0).temperature == 0
 
 
+def test_new_tokens_go_before_lengths():
+  """min_new_tokens before min_length and max_new_tokens before max_length, as in transformers, also where smaller."""
+  both = dict(min_new_tokens=2, min_length=9, max_new_tokens=5, max_length=30)
+  o = options.read(GENERATION, both)
+  assert (o.min_length, o.length) == (2, 5)
+  assert options.read(GENERATION, dict(both, min_new_tokens=0)).min_length == 0
+
+
+def test_what_is_off_or_harmless_passes_without_a_word(caplog):
+  theirs = dict(
+    bad_words_ids=[],
+    sequence_bias={},
+    stop_strings=[],
+    force_words_ids=[],
+    suppress_tokens=[],
+    low_memory=True,
+    speculation_type="dflash",
+    continuous_batching_config={"block_size": 16},
+    assistant_ensemble_weight=0.5,
+  )
+  assert options.read(GENERATION, theirs, length=4) == options.Options(**BASE)
+  assert not caplog.records
+
+
+def test_ids_outside_the_vocabulary_bar_nothing():
+  """Old files say suppress_tokens [-1] for "none"; the last entry is not meant."""
+  o = options.Options(**BASE, suppress=(-1, 5, 99), begin_suppress=(-2,))
+  out = sampling.constrain(np.zeros((1, 1, 8), np.float32), np.zeros((1, 1, 4), np.int32), np.int32(0), o)
+  assert np.flatnonzero(np.isneginf(out)).tolist() == [5]
+
+
 @pytest.mark.parametrize(
   "config,given,message",
   [
@@ -132,8 +163,21 @@ def test_options_are_read():
     (None, dict(length=5, beams=2, samples=3), "more than the 2 beams"),
     (None, dict(length=5, temperature=-1.0), "temperature is -1"),
     (None, dict(length=0), "max_new_tokens is 0"),
+    (dict(decoder_start_token_id=[0, 1]), dict(length=5), r"decoder_start_token_id=\[0, 1\] .it is a whole number"),
+    (dict(num_beams="4", top_p="1", suppress_tokens=[[3]]), dict(length=5), "num_beams='4'.*top_p='1'.*suppress"),
+    (dict(suppress_tokens=[3, 1, 7], forced_eos_token_id=[1, 3]), dict(length=5), "forced_eos_token_id .1, 3. is"),
+    (dict(suppress_tokens=[3], forced_bos_token_id=3), dict(length=5), "forced_bos_token_id 3 is among"),
   ],
 )
 def test_options_are_refused(config, given, message):
   with pytest.raises(InputError, match=message):
     options.read(GENERATION, config, **given)
+
+
+def test_no_end_token_is_refused():
+  with pytest.raises(InputError, match="no end token"):
+    options.read(dict(GENERATION, eos=()), None, length=5)
+
+
+def test_forcing_what_is_partly_suppressed_is_allowed():
+  assert options.read(GENERATION, dict(suppress_tokens=[3], forced_eos_token_id=[1, 3]), length=5).forced_eos == (1, 3)

@@ -1,4 +1,4 @@
-"""A tiny T5 with odd numbers and large weights, here and in transformers; imported by the tests and by make_goldens.py."""
+"""A tiny T5 with odd numbers and large weights, here and in transformers; for the tests and for make_goldens.py."""
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ CONFIG = dict(  # T5 1.1 shape; every number is nobody's default
 
 ROWS, LENGTH = 19, 13  # inputs of uneven lengths; most new tokens
 
-# Ways of searching that are compared with transformers; the keys are fields of Options. Beams, penalty and stop rule: every
-# pair of values once.
+# Ways of searching that are compared with transformers; the keys are fields of Options. Beams, penalty and stop rule:
+# every pair of values once.
 WAYS = {"greedy": {}}
 for _i, _beams in enumerate((2, 3, 4)):
   for _j, _penalty in enumerate((0.6, 1.0, 2.0)):
@@ -71,7 +71,7 @@ def skeleton():
 
 
 def params(shapes):
-  """Weights drawn so large that attention is sharp, outputs vary from row to row, and the end token wins now and then."""
+  """Weights so large that attention is sharp, outputs vary from row to row, and the end token wins now and then."""
   flat = {}
   for i, (path, shape) in enumerate(sorted(trees.flatten(shapes).items())):
     rng = np.random.default_rng(1000 + i)
@@ -108,7 +108,7 @@ def torch_model(weights):
       f"{side}/relative_bias/embedding"
     ]
     for i in range(depth):
-      leaf = lambda name: flat[f"{side}/layers/{name}"][i]
+      leaf = lambda name, side=side, i=i: flat[f"{side}/layers/{name}"][i]
       for j, (name, theirs) in enumerate(zip(names, ("SelfAttention", "EncDecAttention"))):
         block = f"{side}.block.{i}.layer.{j}."
         out |= {f"{block}{theirs}.{x}.weight": square(leaf(f"{name}_attn/{x}/kernel")) for x in "qkv"}
@@ -128,7 +128,7 @@ def torch_model(weights):
 
 
 def reference(model, way: dict):
-  """Returns (tokens [ROWS * R, <= LENGTH] without the start token, scores [ROWS * R] or None) of transformers' generate."""
+  """Returns (tokens [ROWS * R, <= LENGTH] without the start token, scores [ROWS * R] or None) of transformers."""
   import torch
 
   ids, mask = inputs()
@@ -148,7 +148,7 @@ def reference(model, way: dict):
 
 
 def ours(sk, weights, way: dict):
-  """Returns the Options and jaxft's Generated for `way`; compiled without optimisation, which halves the time of a test."""
+  """Returns the Options and jaxft's Generated for `way`; compiled without optimisation: half the time of a test."""
   o = options.Options(**({"length": LENGTH, "eos": (1,), "pad": 0, "start": 0} | way))
   ids, segments = inputs()
   run = jax.jit(

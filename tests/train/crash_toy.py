@@ -32,6 +32,7 @@ OPTIONS = dict(
   skip=3,
   nan=(),
   values=(),
+  first=None,
   sleep=0.0,
   mesh=2,
   width=6,
@@ -85,13 +86,14 @@ def build(devices, width):
 class Fixed:
   """An evaluator with given values, or the norm of the weights; remembers when it was asked."""
 
-  start = False
-
-  def __init__(self, name, every, values):
+  def __init__(self, name, every, values, first):
     self.name, self.every, self.values, self.asked = name, every, values, []
+    self.start, self.first = first is not None, first  # the value before the first step
 
   def run(self, params, step):
     self.asked.append(step)
+    if step == 0:
+      return dict(loss=self.first)
     norm = float(np.sqrt(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in jax.tree.leaves(params))))
     return dict(loss=self.values[len(self.values) and step // self.every - 1] if self.values else norm)
 
@@ -114,7 +116,7 @@ def run(folder, **given):
     save_every=o["save_every"],
     save_minutes=o["save_minutes"],
     skip=o["skip"],
-    flops=0.0,
+    flops=lambda step: 0.0,
     peak=0.0,
   )
 
@@ -125,7 +127,7 @@ def run(folder, **given):
         signals._handle(15, None)
       yield step, batch_of(step, o["nan"])
 
-  evaluator = Fixed("toy", o["eval_every"], list(o["values"]))
+  evaluator = Fixed("toy", o["eval_every"], list(o["values"]), o["first"])
   observer = observe.Observer(folder, steps=o["steps"], start=int(state.step), tensorboard=False)
   try:
     with loop.Signals() as signals:
@@ -135,7 +137,7 @@ def run(folder, **given):
         batches,
         plan,
         put=lambda rows: sharding.put_batch(rows, where, 4),
-        example_ids=lambda s: [100 + s, 200 + s],
+        examples=lambda s: [f"toy.jsonl, line {100 + s}", f"toy.jsonl, line {200 + s}"],
         evaluators=[evaluator] if o["eval_every"] else [],
         checkpointer=saves,
         observer=observer,

@@ -253,13 +253,28 @@ def test_a_worsening_metric_keeps_the_latest(tmp_path):
   assert c.steps() == [1, 3, 4] and c.best_step() == 1
 
 
-def test_going_back_moves_the_newer_aside_and_saves_again(tmp_path):
+def test_reading_an_older_step_changes_nothing(tmp_path):
   c = filled(tmp_path, 1, 2, 3, keep=3)
   assert c.restore(abstract(make()), step=1)[1]["step"] == 1
-  assert c.steps() == [1]
-  assert c.save(2, make(2.5), metrics={}, extra={})
-  assert same(c.restore(abstract(make()), step=2)[0], make(2.5))
-  assert len(list((tmp_path / "set_aside").iterdir())) == 2
+  assert c.steps() == [1, 2, 3] and not (tmp_path / "set_aside").exists()
+  assert not c.save(3, make(3), metrics={}, extra={}), "the last step is still the last one saved"
+
+
+def test_a_bad_step_that_is_asked_for_names_the_others(tmp_path):
+  filled(tmp_path, 1, 2, keep=3).close()
+  (tmp_path / "1" / "meta" / "metadata").write_text("{}")
+  with pytest.raises(StorageError, match="step 1 .* cannot be used.*Others there: 2"):
+    open_(tmp_path).restore(abstract(make()), step=1)
+  assert (tmp_path / "1").exists()
+
+
+def test_what_is_measured_after_the_save_is_kept(tmp_path):
+  c = filled(tmp_path, 1, 2, keep=3, best="a")
+  assert c.best_step() is None
+  c.annotate(2, metrics=dict(a=3.0), extra=dict(evals=[[2, {"a": 3.0}]]))
+  again = open_(tmp_path, keep=3, best="a")
+  assert again.best_step() == 2 and again.meta(2)["extra"] == dict(evals=[[2, {"a": 3.0}]])
+  assert same(again.restore(abstract(make()))[0], make(2))
 
 
 def test_a_step_that_is_not_there(tmp_path):

@@ -126,3 +126,24 @@ def test_read_only_folder():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.returncode == 44 and "cannot be written to (Permission denied)" in done.stdout, done.stderr
+
+
+def test_an_address_is_refused_and_a_relative_path_made_absolute(tmp_path, monkeypatch):
+  with pytest.raises(InputError, match="gcsfuse"):
+    workdir.path("gs://bucket/run")
+  monkeypatch.chdir(tmp_path)
+  assert workdir.path("run") == tmp_path / "run"
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_what_process_0_refuses_all_refuse(tmp_path, monkeypatch, main):
+  told = []
+  monkeypatch.setattr(workdir.jax, "process_count", lambda: 2)
+  broadcast = lambda x: told.append(int(x)) or (x if main else 2)
+  monkeypatch.setattr(workdir.multihost_utils, "broadcast_one_to_all", broadcast)
+  (tmp_path / "config.json").write_text('{"seed": 1}')
+  with pytest.raises(InputError, match="belongs to another config" if main else "Process 0 refused"):
+    with workdir.held(tmp_path, '{"seed": 2}', main):
+      raise AssertionError("entered")
+  assert told == [2 if main else 0] and not (tmp_path / "lock.json").exists()
+  assert (tmp_path / "config.json").read_text() == '{"seed": 1}'

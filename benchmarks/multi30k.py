@@ -12,7 +12,7 @@ def get_config(arg: str = "multi30k,google-t5/t5-small"):
   data, tokenizer = arg.split(",")
   files = lambda split: {side: f"{data}/{split}.{side}.gz" for side in ("en", "de")}
   c = config.base()
-  c.steps, c.batch = 1_500, 16
+  c.steps, c.batch = 700, 16
   c.model.config = dict(
     model_type="t5",
     vocab_size=32_128,
@@ -38,11 +38,11 @@ def get_config(arg: str = "multi30k,google-t5/t5-small"):
   c.task = dict(kind="seq2seq", input="translate English to German: {en}", target="{de}")
   c.data.train, c.data.validation = files("train"), files("val")
   c.data.lengths = dict(inputs=128, targets=128)
-  c.optimizer.update(name="adamw", lr=2e-3, schedule="cosine", warmup=0.08, b2=0.98, decay=0.01)
+  c.optimizer.update(name="adamw", lr=2e-3, schedule="cosine", warmup=0.1, b2=0.98, decay=0.01)
   c.loss.label_smoothing = 0.1
   c.evals = dict(
-    loss=dict(kind="loss", every=300, batch=16),
+    loss=dict(kind="loss", every=100, batch=16),
     test=dict(kind="generate", data=files("test_2016_flickr"), batch=100, beams=4, metrics=("sacrebleu", "chrf")),
   )
-  c.save.update(every=300, best="eval/loss/loss")
+  c.save.update(every=100, best="eval/loss/loss")
   return c

@@ -245,7 +245,13 @@ def to_json(c: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
   """Reads what `to_json` wrote (tuples come back as lists, which compare equal in `differences`)."""
-  return ConfigDict(json.loads(text))
+  raw = json.loads(text)
+  sources = {k: raw["data"].pop(k) for k in ("train", "validation") if k in raw.get("data", {})}
+  c = ConfigDict(raw)
+  for key, value in sources.items():  # a ConfigDict would sort the columns of parallel files
+    c.data[key] = config_dict.FieldReference("", field_type=object)
+    c.data[key] = value
+  return c
 
 
 class Reader:

@@ -54,6 +54,15 @@ def test_json_round_trip_and_differences():
   assert config.differences(again) == {"optimizer.lr": (1e-3, 0.5)}
 
 
+def test_the_order_of_parallel_files_survives():
+  """It says which language is the input where no template does."""
+  c = config.base()
+  c.data.train, c.data.validation = dict(en="a", de="b"), [dict(fr="c", en="d"), 2.0]
+  again = config.from_json(config.to_json(config.check(c)))
+  assert list(config.Reader(again).data.train) == ["en", "de"] and config.differences(again, c) == {}
+  assert list(config.Reader(again).data.validation[0]) == ["fr", "en"]
+
+
 def test_reader_names_what_was_not_read():
   c = ml_collections.ConfigDict(dict(a=1, b=dict(c=2, d=3)))
   r = config.Reader(c)

@@ -31,6 +31,7 @@ class LossEvaluator:
   """Cross-entropy of the targets: loss (nats a token), perplexity, accuracy, tokens."""
 
   start = False  # whether the loop also runs it before the first step
+  gives = ("loss", "perplexity", "accuracy", "tokens")
 
   def __init__(
     self,
@@ -117,6 +118,7 @@ class GenerateEvaluator:
     self.name, self.every = name, every
     self._generator, self._store, self._samples, self._folder = generator, store, samples, folder
     self._names = metrics.expand(names)
+    self.gives = (*self._names, "limit_share", "output_tokens")
     self.signatures: dict[str, str] = {}  # of the last run
     if len(store) == 0:
       raise InputError(f"eval/{name}: the evaluation data has no rows.")

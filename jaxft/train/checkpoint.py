@@ -197,10 +197,17 @@ class Checkpointer:
 
   def _clear_unfinished(self) -> None:
     """Deletes what an interrupted save left; it would fill the disk for ever."""
-    if jax.process_index() == 0:
-      for path in self.folder.iterdir() if self.folder.exists() else ():
-        if ".orbax-checkpoint-tmp" in path.name:
+    if jax.process_index():
+      return
+    for path in self.folder.iterdir() if self.folder.exists() else ():
+      for wait in (0.1, 0.5, 2.0, 0.0) if ".orbax-checkpoint-tmp" in path.name else ():
+        try:
           path.rmtree(missing_ok=True)
+          break
+        except OSError as e:  # threads of the save that failed may still be making files there
+          if not wait:
+            log.warning("%s is left of an unfinished save (%s); the next start removes it.", path, e)
+          time.sleep(wait)
 
   def _prune(self) -> None:
     steps = self.steps()

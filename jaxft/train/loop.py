@@ -33,11 +33,12 @@ OPEN = 2  # steps started whose metrics have not been read
 
 class Evaluator(Protocol):
   """Measures parameters: `every` that many steps (0: only at the end), with `start` before the first one too; `run`
-  returns {metric: value}."""
+  returns {metric: value} for the metrics that it `gives`."""
 
   name: str
   every: int
   start: bool
+  gives: Sequence[str]
 
   def run(self, params: Tree, step: int) -> Mapping[str, float]: ...
 
@@ -246,14 +247,12 @@ class _Judge:
     self._best, self._sign = best, 1 if mode == "min" else -1
     self.evals: Evals = [(s, dict(v)) for s, v in evals]
     self._done = {(s, k.split("/")[1]) for s, values in self.evals for k in values}
-    self._wanted = [(key, metric) for key, metric in (("stop.metric", stop.metric), ("save.best", best)) if metric]
-    for key, metric in self._wanted:
-      names = [f"eval/{e.name}/" for e in evaluators]
-      if not metric.startswith(tuple(names)) or not names:
+    known = [f"eval/{e.name}/{k}" for e in evaluators for k in e.gives]
+    for key, metric in (("stop.metric", stop.metric), ("save.best", best)):
+      if metric and metric not in known:
         raise InputError(
-          f"config: {key} is {metric!r}, which none of the evaluations gives. Metrics are named eval/NAME/METRIC "
-          f"with NAME from `evals`: {', '.join(e.name for e in evaluators) or 'there is none'}"
-          f"{did_you_mean(metric, names)}."
+          f"config: {key} is {metric!r}, which none of the evaluations gives{did_you_mean(metric, known)}; they give "
+          f"{', '.join(known) or 'nothing: evals is empty'}."
         )
     for _, values in self.evals:
       stop.see(values)
@@ -278,7 +277,6 @@ class _Judge:
     for e in todo:
       since = time.perf_counter()
       found = {f"eval/{e.name}/{k}": float(v) for k, v in e.run(params, step).items()}
-      self._check(e, found)
       values.update(found)
       self._done.add((step, e.name))
       self._observer.log(step, {**found, f"eval/{e.name}/seconds": time.perf_counter() - since})
@@ -296,14 +294,6 @@ class _Judge:
     ):  # this step turns out to be the last, so the others have their turn before its save
       better = self.run(state, step, step)[0] or better
     return better, time.perf_counter() - began
-
-  def _check(self, e: Evaluator, found: Mapping[str, float]) -> None:
-    for key, metric in self._wanted:
-      if metric.startswith(f"eval/{e.name}/") and metric not in found:
-        raise InputError(
-          f"config: {key} is {metric!r}, but the evaluation {e.name} gives {', '.join(found)}"
-          f"{did_you_mean(metric, found)}."
-        )
 
 
 class _Saver:

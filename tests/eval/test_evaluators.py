@@ -79,7 +79,9 @@ def run(model, batch, pack, devices):
   batches = pipeline.Batches(Store(), seed=0, batch=rows, lengths=CAPS, pack=pack, buckets=(), shuffle=False)
   e = evaluators.LossEvaluator("valid", 5, skeleton=model[0], batches=batches, loss_fn=loss_fn, mesh=mesh, rules=RULES)
   assert (e.name, e.every) == ("valid", 5)
-  return e.run(model[1], 0)
+  values = e.run(model[1], 0)
+  assert set(values) == set(e.gives)
+  return values
 
 
 def test_loss_by_hand_and_in_any_batch(model):
@@ -134,6 +136,7 @@ def test_generate(model, tmp_path):
   )
   values = e.run(params, 70)
   cut = np.mean([a.cut[0] for a in answers])
+  assert set(values) == set(e.gives), "what save.best may name is known before the first evaluation"
   assert 0 < cut < 1 and values["limit_share"] == pytest.approx(cut)
   assert values["exact_match"] == pytest.approx(1 / N) and 0 < values["chrf"] < 100
   assert values["output_tokens"] == pytest.approx(np.mean([a.lengths[0] for a in answers]))

@@ -86,6 +86,8 @@ def build(devices, width):
 class Fixed:
   """An evaluator with given values, or the norm of the weights; remembers when it was asked."""
 
+  gives = ("loss",)
+
   def __init__(self, name, every, values, first):
     self.name, self.every, self.values, self.asked = name, every, values, []
     self.start, self.first = first is not None, first  # the value before the first step

@@ -302,6 +302,24 @@ def test_disk_full_is_seen_at_once_and_the_old_one_stays(tmp_path):
   assert same(c.restore(abstract(make()))[0], make(2))
 
 
+def test_a_file_made_while_the_rest_is_deleted_does_not_hide_the_error(tmp_path, monkeypatch, caplog):
+  left = tmp_path / "5.orbax-checkpoint-tmp-1"
+  left.mkdir()
+  tries = []
+
+  def busy(self, missing_ok):
+    tries.append(self.name)
+    raise OSError(39, "Directory not empty")
+
+  with monkeypatch.context() as m:
+    m.setattr(type(checkpoint.epath.Path("x")), "rmtree", busy)
+    m.setattr(checkpoint.time, "sleep", lambda s: None)
+    open_(tmp_path)
+  assert tries == [left.name] * 4 and "the next start removes it" in caplog.text
+  open_(tmp_path)
+  assert not left.exists()
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
   (tmp_path / "file").write_text("x")
   with pytest.raises(StorageError, match="cannot be written"):

@@ -9,7 +9,7 @@ import types
 
 from absl import flags
 
-from jaxft import cli, display, observe, runs, setup
+from jaxft import cli, cluster, display, observe, runs, setup
 from jaxft.data import sources
 from jaxft.errors import InputError
 from jaxft.infer import batch_decode, options
@@ -35,7 +35,7 @@ def decode(
   """Decodes every row of `input` with `model` into `output`; `generation` are fields of infer.options.Options (None:
   not given).
   """
-  setup.cluster()
+  cluster.join()
   m, params, of_run, fix = runs.for_decoding(model, checkpoint, dtype)
   templates = [template] if template else of_run
   how = options.read(m.skeleton.generation, setup.generation_config(m), **runs.answer_length(m, generation))
@@ -44,7 +44,8 @@ def decode(
   report = batch_decode.decode(
     engine, params, sources.read(input), output, render=batch_decode.renderer(templates, fix.text),
     seed=seed,
-    inputs_length=inputs_length, too_long=too_long, scores=scores, overwrite=overwrite, progress=display.Bar(),
+    inputs_length=inputs_length, too_long=too_long, scores=scores, overwrite=overwrite,
+    progress=display.Bar("decode"),
     about=dict(model=model, checkpoint=checkpoint, template=templates, strip=fix.strip, unicode=fix.unicode,
                dtype=m.skeleton.dtype.name))  # fmt: skip
   observe.log.info(

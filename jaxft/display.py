@@ -54,34 +54,44 @@ def _cell(value: Any) -> str:
 
 
 class Bar:
-  """Rows done, rows a second and the time left: a bar on a terminal, elsewhere a line every 10 s and at the end."""
+  """Rows done, rows a second and the time left: a bar on a terminal, elsewhere a line every 10 s and at the end.
 
-  def __init__(self):
+  Nothing is shown in the first `quiet` seconds, nor of work that ends in them. Not `live`: lines on a terminal too,
+  where another bar is on it.
+  """
+
+  def __init__(self, name: str, *, quiet: float = 0.0, live: bool = True):
+    self._name, self._quiet = name, quiet
+    self._live = live and sys.stderr.isatty()
     self._begun = self._said = time.monotonic()
     self._first, self._bar, self._task = None, None, None
 
   def __call__(self, done: int, total: int) -> None:
     now = time.monotonic()
-    if self._first is None:
+    first = self._first is None
+    if first:
       self._first, self._begun = done, now
+    if jax.process_index() or (self._bar is None and self._said == self._begun and now - self._begun < self._quiet):
+      return
     rate = (done - self._first) / max(now - self._begun, 1e-9)
     text = f"{rate:,.1f} rows/s, {observe.duration((total - done) / rate)} left" if rate else "compiling"
-    if jax.process_index():
-      return
-    if sys.stderr.isatty():
-      if self._bar is None:
-        columns = [
-          rich.progress.TextColumn("decode"),
-          rich.progress.BarColumn(),
-          rich.progress.MofNCompleteColumn(),
-          rich.progress.TextColumn("{task.fields[text]}"),
-        ]
-        self._bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
-        self._task = self._bar.add_task("decode", total=total, text=text)
-        self._bar.start()
-      self._bar.update(self._task, completed=done, text=text)
-      if done == total:
-        self._bar.stop()
-    elif done in (total, self._first) or now - self._said >= SECONDS:
+    if self._live:
+      self._draw(done, total, text)
+    elif first or done == total or now - self._said >= SECONDS:
       self._said = now
-      log.info("decode %d/%d  %s", done, total, text)
+      log.info("%s %d/%d  %s", self._name, done, total, text)
+
+  def _draw(self, done: int, total: int, text: str) -> None:
+    if self._bar is None:
+      columns = [
+        rich.progress.TextColumn(self._name),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[text]}"),
+      ]
+      self._bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
+      self._task = self._bar.add_task(self._name, total=total, text=text)
+      self._bar.start()
+    self._bar.update(self._task, completed=done, text=text)
+    if done == total:
+      self._bar.stop()

@@ -14,7 +14,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxft import cli, config, display, observe, runs, setup
+from jaxft import cli, cluster, config, display, observe, runs, setup
 from jaxft.errors import InputError, StorageError
 from jaxft.train import workdir
 
@@ -102,7 +102,7 @@ def define() -> types.SimpleNamespace:
 
 
 def main(f: types.SimpleNamespace) -> int:
-  setup.cluster()
+  cluster.join()
   observe.setup_logging(None)
   observe.compile_cache()
   c = cli.checked(f.config) if f.config.value is not None else None

@@ -15,7 +15,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxft import cli, config, display, export, observe, report, runs, setup
+from jaxft import cli, cluster, config, display, export, observe, report, runs, setup
 from jaxft.data import report as data_report
 from jaxft.errors import InputError
 from jaxft.train import loop, step, workdir
@@ -24,7 +24,7 @@ from jaxft.train import loop, step, workdir
 def train(c: ConfigDict, folder: str) -> loop.Outcome:
   """Trains as `c` says in the run folder `folder`, or goes on there; what is left there is told in the README."""
   config.check(c)
-  setup.cluster()
+  cluster.join()
   home = workdir.probe(workdir.path(folder))
   main = jax.process_index() == 0
   observe.setup_logging(home, main=main)

@@ -1,9 +1,8 @@
 """From a config to the things a binary needs: the only place that unpacks one. Everything below takes arguments."""
 
 import dataclasses
-import importlib.util
+import functools
 import logging
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxft
-from jaxft import flops, hub, observe, sharding, trees
+from jaxft import display, flops, hub, observe, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import cache, clean, pipeline, tasks, tokens
 from jaxft.data import report as data_report
-from jaxft.errors import ClusterError, InputError, did_you_mean
+from jaxft.errors import InputError, did_you_mean
 from jaxft.eval import evaluators
 from jaxft.families import registry
 from jaxft.infer import options
@@ -29,39 +28,6 @@ log = logging.getLogger("jaxft")
 MODEL = "model"  # in a run folder: config and tokenizer
 DONE = "done.json"  # in a run folder: why training ended, once it has
 ASSETS = pathlib.Path(jaxft.__file__).parent / "assets"
-
-
-def cluster() -> None:
-  """Joins the other processes of the job, where there are any.
-
-  JAXFT_COORDINATOR=host:port with JAXFT_PROCESSES and JAXFT_PROCESS names them by hand; on TPU VMs and in a SLURM step
-  of several tasks JAX finds them itself. Raises ClusterError where that fails.
-  """
-  by_hand = os.environ.get("JAXFT_COORDINATOR")
-  found = int(os.environ.get("SLURM_NTASKS", 1)) > 1 or os.environ.get("JAX_COORDINATOR_ADDRESS")
-  tpu = _tpu_here()
-  if not (by_hand or found or tpu):
-    return
-  try:
-    if by_hand:
-      jax.distributed.initialize(by_hand, int(os.environ["JAXFT_PROCESSES"]), int(os.environ["JAXFT_PROCESS"]))
-    else:
-      jax.distributed.initialize()
-  except (KeyError, ValueError, RuntimeError) as e:
-    if tpu and not (by_hand or found) and "coordinator_address" in str(e):  # jax knows no cluster of this kind
-      log.info("A TPU without a cluster that JAX knows; this process works alone.")
-      return
-    raise ClusterError(
-      f"cluster: {type(e).__name__}: {e}. JAXFT_COORDINATOR=host:port, JAXFT_PROCESSES (how many) and "
-      "JAXFT_PROCESS (this one, from 0) name the processes by hand."
-    ) from e
-
-
-def _tpu_here() -> bool:
-  """Says whether this host has TPU chips and the library for them; asked before any backend of JAX starts."""
-  wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
-  chips = [*pathlib.Path("/dev").glob("accel[0-9]*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
-  return "tpu" in wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,12 +239,13 @@ def evaluators_of(c: Reader, m: Model, home: pathlib.Path | None, *, needed: boo
   for name, e in c.evals.items():
     if e["every"] < 0:
       raise InputError(f"config: evals.{name}.every is {e['every']}; it is a number of steps, or 0 for the end alone.")
-    made.append(_evaluator(c, m, home, name, e))
+    bar = functools.partial(display.Bar, f"eval/{name}", quiet=3.0, live=needed)  # training has a bar of its own
+    made.append(_evaluator(c, m, home, name, e, bar))
     made[-1].start = e["start"]
   return made
 
 
-def _evaluator(c: Reader, m: Model, home: pathlib.Path | None, name: str, e: dict) -> Any:
+def _evaluator(c: Reader, m: Model, home: pathlib.Path | None, name: str, e: dict, bar: Any) -> Any:
   if isinstance(e["data"], dict) and (c.task["input"], c.task["target"]) == tasks.DEFAULTS:
     raise InputError(
       f"config: evals.{name}.data is a dict of parallel files, whose order a config does not keep here; say which "
@@ -295,7 +262,7 @@ def _evaluator(c: Reader, m: Model, home: pathlib.Path | None, name: str, e: dic
     )
     plain = lambda model, batch, key: losses.seq2seq(model, batch, key, label_smoothing=0.0, z_loss=0.0)
     return evaluators.LossEvaluator(
-      name, e["every"], skeleton=m.skeleton, batches=once, loss_fn=plain, mesh=m.mesh, rules=m.rules
+      name, e["every"], skeleton=m.skeleton, batches=once, loss_fn=plain, mesh=m.mesh, rules=m.rules, progress=bar
     )
   how = options.read(
     m.skeleton.generation,
@@ -314,6 +281,7 @@ def _evaluator(c: Reader, m: Model, home: pathlib.Path | None, name: str, e: dic
     names=e["metrics"],
     samples=e["samples"],
     folder=home / "samples" if home else None,
+    progress=bar,
   )
 
 

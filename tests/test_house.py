@@ -24,6 +24,7 @@ FLOORS = dict(
   safetensors=0,
   flops=0,
   display=0,
+  cluster=0,
   models=1,
   families=1,
   data=2,

@@ -19,6 +19,7 @@ from jaxft.eval import metrics
 from jaxft.infer.generate import Answer, Generator
 
 log = logging.getLogger("jaxft")
+Progress = Callable[[int, int], None]  # called with (done, of how many)
 
 
 def whole_batch(batch: int, mesh: jax.sharding.Mesh, rules: Mapping[str, Any]) -> int:
@@ -43,13 +44,16 @@ class LossEvaluator:
     loss_fn: Callable,
     mesh: jax.sharding.Mesh,
     rules: Mapping[str, Any],
+    progress: Callable[[], Progress],
   ):
     """`batches` is one pass without shuffling, of `whole_batch` rows; loss_fn(model, batch, key) -> loss, weight, sums.
 
-    The sums have "nll" (plain cross-entropy) and "correct", as those of train.losses.
+    The sums have "nll" (plain cross-entropy) and "correct", as those of train.losses. `progress` gives what is told how
+    far a run is.
     """
     self.name, self.every = name, every
     self._skeleton, self._batches, self._loss_fn, self._mesh, self._rules = skeleton, batches, loss_fn, mesh, rules
+    self._progress = progress
     self._rows = sharding.batch_sharding(mesh, rules)
     self._step = jax.jit(self._sums, out_shardings=sharding.replicated(mesh))
 
@@ -61,13 +65,14 @@ class LossEvaluator:
     """Returns the values for `params`; `step` only names them. Raises InputError where no token is supervised."""
     del step
     host, hosts = sharding.feed(self._rows, self._batches.batch)
-    sums = []
+    sums, progress, steps = [], self._progress(), self._batches.steps(1)
     with sharding.use(self._mesh, self._rules):
-      for i in range(self._batches.steps(1)):
+      for i in range(steps):
         rows = self._batches.host_batch(i, host, hosts)
         sums.append(self._step(params, sharding.put_batch(rows, self._rows, self._batches.batch)))
         if i >= 2:  # at most three batches wait on the devices
           sums[i - 2] = jax.device_get(sums[i - 2])
+        progress(i + 1, steps)
     # float64 on the host from here: a float32 running sum stops counting single tokens at 2**24.
     total = {k: math.fsum(float(s[k]) for s in jax.device_get(sums)) for k in ("nll", "correct", "weight")}
     if not total["weight"] > 0:
@@ -113,10 +118,15 @@ class GenerateEvaluator:
     names: Sequence[str],
     samples: int,
     folder: pathlib.Path | None,
+    progress: Callable[[], Progress],
   ):
-    """`store` has tokens("inputs", i), texts(i) -> (input, reference); `samples` rows go to folder/NAME-STEP.jsonl."""
+    """`store` has tokens("inputs", i), texts(i) -> (input, reference); `samples` rows go to folder/NAME-STEP.jsonl.
+
+    `progress` gives what is told how far a run is.
+    """
     self.name, self.every = name, every
     self._generator, self._store, self._samples, self._folder = generator, store, samples, folder
+    self._progress = progress
     self._names = metrics.expand(names)
     self.gives = (*self._names, "limit_share", "output_tokens")
     self.signatures: dict[str, str] = {}  # of the last run
@@ -126,7 +136,12 @@ class GenerateEvaluator:
   def run(self, params, step: int) -> dict[str, float]:
     """Returns the values for `params`; writes the samples, named after `step`."""
     rows = [self._store.tokens("inputs", i) for i in range(len(self._store))]
-    answers = self._generator.tokens(params, rows)
+    answers, done, progress = [None] * len(rows), 0, self._progress()
+    for positions, batch in self._generator.stream(params, rows):
+      for p, answer in zip(positions, batch):
+        answers[p] = answer
+      done += len(positions)
+      progress(done, len(rows))
     references = [self._store.texts(i)[1] for i in range(len(self._store))]
     outputs = [a.texts[0] for a in answers]
     values, signatures = metrics.compute(self._names, outputs, references)

@@ -77,10 +77,13 @@ def run(model, batch, pack, devices):
   mesh = sharding.make_mesh(dict(data=devices, fsdp=1), jax.devices()[:devices])
   rows = evaluators.whole_batch(batch, mesh, RULES)
   batches = pipeline.Batches(Store(), seed=0, batch=rows, lengths=CAPS, pack=pack, buckets=(), shuffle=False)
-  e = evaluators.LossEvaluator("valid", 5, skeleton=model[0], batches=batches, loss_fn=loss_fn, mesh=mesh, rules=RULES)
+  told = []
+  e = evaluators.LossEvaluator(
+    "valid", 5, skeleton=model[0], batches=batches, loss_fn=loss_fn, mesh=mesh, rules=RULES,
+    progress=lambda: lambda *a: told.append(a))  # fmt: skip
   assert (e.name, e.every) == ("valid", 5)
   values = e.run(model[1], 0)
-  assert set(values) == set(e.gives)
+  assert set(values) == set(e.gives) and told == [(i + 1, len(told)) for i in range(len(told))]
   return values
 
 
@@ -119,7 +122,8 @@ def test_no_targets_is_refused(model):
       ),
     )()
     evaluators.LossEvaluator(
-      "v", 0, skeleton=model[0], batches=empty, loss_fn=loss_fn, mesh=mesh, rules=dict(batch="data")
+      "v", 0, skeleton=model[0], batches=empty, loss_fn=loss_fn, mesh=mesh, rules=dict(batch="data"),
+      progress=lambda: lambda *a: None,
     ).run(model[1], 0)
 
 
@@ -131,10 +135,13 @@ def test_generate(model, tmp_path):
   store.rows["targets"][4] = np.array(
     [int(t) for t in answers[4].texts[0].split()] + [1], np.int32
   )  # one row that is right
+  told = []
   e = evaluators.GenerateEvaluator(
-    "gen", 0, generator=g, store=store, names=("chrf", "exact_match"), samples=4, folder=tmp_path / "samples"
+    "gen", 0, generator=g, store=store, names=("chrf", "exact_match"), samples=4, folder=tmp_path / "samples",
+    progress=lambda: lambda *a: told.append(a),
   )
   values = e.run(params, 70)
+  assert told[-1] == (N, N)
   cut = np.mean([a.cut[0] for a in answers])
   assert set(values) == set(e.gives), "what save.best may name is known before the first evaluation"
   assert 0 < cut < 1 and values["limit_share"] == pytest.approx(cut)

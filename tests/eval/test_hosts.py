@@ -27,9 +27,12 @@ whole = lambda x: jax.make_array_from_callback(x.shape, t.sharding.replicated(me
 params = jax.tree.map(whole, t.tiny.params(sk.shapes))
 batches = t.pipeline.Batches(store, seed=0, batch=4, lengths=t.CAPS, pack=False, buckets=(), shuffle=False)
 where = dict(mesh=mesh, rules=t.RULES)
-loss = t.evaluators.LossEvaluator("v", 0, skeleton=sk, batches=batches, loss_fn=t.loss_fn, **where).run(params, 0)
+quiet = dict(progress=lambda: lambda *a: None)
+loss = t.evaluators.LossEvaluator("v", 0, skeleton=sk, batches=batches, loss_fn=t.loss_fn, **where, **quiet)
+loss = loss.run(params, 0)
 g = t.generate.Generator(sk, t.Words(), t.options.Options(length=5, eos=(1,), pad=0, start=0), batch=4, **where)
-text = t.evaluators.GenerateEvaluator("g", 0, generator=g, store=store, names=("chrf",), samples=0, folder=None)
+text = t.evaluators.GenerateEvaluator("g", 0, generator=g, store=store, names=("chrf",),
+  samples=0, folder=None, **quiet)
 text = text.run(params, 0)
 rows = [dict(id=i, text=store.texts(i)[0]) for i in range(t.N)]
 batch_decode.decode(g, params, rows, out, render=batch_decode.renderer(["{text}"], str.strip), about={})

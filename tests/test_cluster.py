@@ -6,7 +6,7 @@ error.
 
 import pytest
 
-from jaxft import setup
+from jaxft import cluster
 from jaxft.errors import ClusterError
 
 
@@ -16,29 +16,29 @@ def joined(monkeypatch):
   calls = []
   for name in ("JAXFT_COORDINATOR", "SLURM_NTASKS", "JAX_COORDINATOR_ADDRESS"):
     monkeypatch.delenv(name, raising=False)
-  monkeypatch.setattr(setup.jax.distributed, "initialize", lambda *a: calls.append(a))
-  monkeypatch.setattr(setup, "_tpu_here", lambda: False)
+  monkeypatch.setattr(cluster.jax.distributed, "initialize", lambda *a: calls.append(a))
+  monkeypatch.setattr(cluster, "_tpu_here", lambda: False)
   return calls
 
 
 def test_a_laptop_joins_nothing(joined):
-  setup.cluster()
+  cluster.join()
   assert joined == []
 
 
 def test_named_by_hand(joined, monkeypatch):
   for name, value in dict(COORDINATOR="a:1", PROCESSES="3", PROCESS="2").items():
     monkeypatch.setenv(f"JAXFT_{name}", value)
-  setup.cluster()
+  cluster.join()
   assert joined == [("a:1", 3, 2)]
   monkeypatch.delenv("JAXFT_PROCESS")
   with pytest.raises(ClusterError, match="JAXFT_PROCESS"):
-    setup.cluster()
+    cluster.join()
 
 
 def test_a_tpu_vm_asks_jax(joined, monkeypatch):
-  monkeypatch.setattr(setup, "_tpu_here", lambda: True)
-  setup.cluster()
+  monkeypatch.setattr(cluster, "_tpu_here", lambda: True)
+  cluster.join()
   assert joined == [()]
 
 
@@ -47,10 +47,10 @@ def test_a_tpu_alone_goes_on_and_a_broken_cluster_does_not(joined, monkeypatch, 
   def refuse():
     raise ValueError(error)
 
-  monkeypatch.setattr(setup, "_tpu_here", lambda: True)
-  monkeypatch.setattr(setup.jax.distributed, "initialize", refuse)
+  monkeypatch.setattr(cluster, "_tpu_here", lambda: True)
+  monkeypatch.setattr(cluster.jax.distributed, "initialize", refuse)
   if fails:
     with pytest.raises(ClusterError, match=error):
-      setup.cluster()
+      cluster.join()
   else:
-    setup.cluster()
+    cluster.join()

@@ -89,7 +89,7 @@ def test_evaluators_say_what_their_data_lost(make_store, caplog, monkeypatch):
   data = types.SimpleNamespace(validation="", lengths=store.caps, pack=True, buckets=())
   model = types.SimpleNamespace(tokenizer=None, mesh=None, rules=None, skeleton=None)
   e = dict(kind="loss", data="x", limit=0, batch=4, every=0)
-  setup._evaluator(types.SimpleNamespace(data=data), model, None, "dev", e)
+  setup._evaluator(types.SimpleNamespace(data=data), model, None, "dev", e, None)
   assert "evals.dev" in caplog.text and "dropped 1 (empty target; in.txt + out.txt, line 2)" in caplog.text
 
 

@@ -128,7 +128,7 @@ def _panel(axes: Any, name: str, keys: Sequence[str], rows: Mapping[str, Sequenc
   if name in ("time waiting for data", "MFU"):
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
   if drawn > 1:
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper right" if name.startswith("loss") else "best")
 
 
 def _curve(axes: Any, key: str, points: np.ndarray, color: str, label: str, *, dashed: bool, value: bool) -> np.ndarray:

@@ -268,7 +268,9 @@ def test_real_model_compiles_without_involuntary_rematerialization(capfd):
   step.jit_train_step(fn, mesh, RULES, abstract).lower(abstract, rows).compile(FAST)
   assert INVOLUNTARY not in capfd.readouterr().err
 
-  # the log does tell: a lookup in a table that is split both ways
+  # the log does tell: a lookup in a table that is split both ways (JAX 0.12 partitions even that well)
+  if jax.__version_info__ >= (0, 11):
+    pytest.skip("nothing is known that this compiler has to rematerialise: whether its log would tell is not covered")
   with sharding.use(mesh, RULES):
     lookup = lambda t, ids: sharding.pin(t[ids], ("batch", None, None))
     table = jax.ShapeDtypeStruct((56, 24), jnp.float32, sharding=places["embed"]["embedding"])

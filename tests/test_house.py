@@ -139,3 +139,10 @@ def test_training_floors_import_without_tensorflow():
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
+
+def test_no_file_outside_the_package_is_too_long_either():
+  folders = ("tests", "benchmarks", "configs", "launch")
+  files = [f for name in folders for end in ("*.py", "*.sh") for f in (ROOT.parent / name).rglob(end)]
+  long = [str(f) for f in files if len(f.read_text(encoding="utf-8").splitlines()) > 400]
+  assert files and not long, f"over 400 lines: {long}"

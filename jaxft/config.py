@@ -85,9 +85,8 @@ def base() -> ConfigDict:
   c.task = dict(kind="seq2seq", input="{input}", target="{target}")  # templates over the columns of a row
 
   c.data = _data()
-  c.loss = dict(
-    label_smoothing=0.0, z_loss=0.0
-  )  # share spread over the vocabulary; weight of logsumexp ** 2 (1e-4 is usual)
+  # share of each target that is spread over the vocabulary; weight of logsumexp ** 2 (1e-4 is usual)
+  c.loss = dict(label_smoothing=0.0, z_loss=0.0)
 
   c.optimizer = _optimizer()
   c.trainable = (

@@ -41,7 +41,7 @@ def evaluate(
     target = pathlib.Path(output) if output else None
     return _run(setup.evaluators_of(reader, m, target, needed=True), setup.load(m, c.seed), 0, target, model)
   reader, m, checkpointer = _open(c, folder)
-  step, target = runs.pick(checkpointer, which), pathlib.Path(output or folder)
+  step, target = runs.pick(checkpointer, which), pathlib.Path(output or workdir.path(folder))
   evaluators = setup.evaluators_of(reader, m, target, needed=True)
   return _run(evaluators, runs.weights(m, checkpointer, step), step, target, f"{folder} step {step}")
 

@@ -38,23 +38,30 @@ def keep(m: setup.Model, home: pathlib.Path, templates: Sequence[Any]) -> None:
 
 
 @contextlib.contextmanager
-def ending(home: pathlib.Path, main: bool) -> Iterator[Callable[[str, int], None]]:
+def ending(home: pathlib.Path, main: bool) -> Iterator[Callable[[str, int | None], None]]:
   """Gives what marks the run in `home` as ended, for those who follow it: mark(why, step).
 
   An end that running again would not change, in exit code 43 or 44, marks the run too. Only the `main` process writes.
   """
 
+  done = home / setup.DONE
+
   def mark(why: str, step: int | None) -> None:
     if main:
-      (home / setup.DONE).write_text(json.dumps(dict(ended=why, step=step)) + "\n")
+      done.write_text(json.dumps(dict(ended=why, step=step)) + "\n")
 
+  before = done.read_text() if main and done.exists() else ""
   if main:
-    (home / setup.DONE).unlink(missing_ok=True)
+    done.unlink(missing_ok=True)
   try:
     yield mark
   except (NumbersError, StorageError) as e:
     with contextlib.suppress(OSError):  # of a disk that failed; the error that is on its way says so
       mark(f"exit code {e.code}", None)
+    raise
+  except InputError:  # refused before a step: a run that had ended still has
+    if before:
+      done.write_text(before)
     raise
 
 
@@ -134,7 +141,7 @@ def for_decoding(name: str, which: str, dtype: str) -> tuple[setup.Model, Any, l
   """Returns (model, weights, input templates, what is done to each field) of a run folder, with which it was trained,
   or of a Hugging Face folder or Hub id: {input}, stripped.
   """
-  home = pathlib.Path(name)
+  home = pathlib.Path(name).expanduser()
   if (home / setup.MODEL / "config.json").exists():
     c, m, checkpointer = run(name, dtype)
     templates = hub.read_json(home / setup.MODEL / TASK)["inputs"]

@@ -307,9 +307,11 @@ def early_stop(c: Reader) -> loop.EarlyStop:
 def plan(c: Reader, t: Trainer, batches: pipeline.Batches, m: Model) -> loop.Plan:
   """Returns the numbers of the loop; FLOPs are counted from the program of the step, for each shape of a batch."""
   out = dict(log_every=c.log.every, save_every=c.save.every, save_minutes=c.save.minutes, skip=c.numbers.skip)
-  for (name, value), key in zip(out.items(), ("log.every", "save.every", "save.minutes", "numbers.skip")):
-    if value < (name == "log_every"):
-      raise InputError(f"config: {key} is {value}; it is {'at least 1' if name == 'log_every' else '0 (off) or more'}.")
+  if out["log_every"] < 1 or min(out.values()) < 0:
+    raise InputError(
+      f"config: log.every={c.log.every}, save.every={c.save.every}, save.minutes={c.save.minutes}, numbers.skip="
+      f"{c.numbers.skip}: log.every is at least 1, the others are 0 (off) or more."
+    )
   peak, source = flops.peak(jax.devices()[0], m.skeleton.dtype)
   work = [flops.count(t.plain, t.abstract, _of_shape(batches.host_batch(0, 0, 1), s)) for s in batches.shapes]
   of = lambda step: work[batches.bucket(step)]

@@ -47,15 +47,12 @@ OTHER_NAMES = dict(
 
 # One entry of `evals`. every: steps between two (0: only at the end); start: also before the first step; data: a source
 # as in `data.train` (empty: data.validation); batch: rows at a time, which changes no value; limit: rows read (0: all).
-EVAL = dict(  # `kind` says which of these it reads
-  loss=dict(kind="loss", every=0, start=False, data="", batch=64, limit=0),  # loss, perplexity, accuracy, tokens
+_EACH = dict(every=0, start=False, data="", batch=64, limit=0)
+EVAL = dict(  # `kind` says which of these it reads; metrics: eval/metrics.py and eval/scores.py have their names
+  loss=dict(kind="loss", **_EACH),  # loss, perplexity, accuracy, tokens
   generate=dict(
     kind="generate",
-    every=0,
-    start=False,
-    data="",
-    batch=64,
-    limit=0,
+    **_EACH,
     beams=1,
     length=0,  # most new tokens; 0: the longest reference and a quarter more
     length_penalty=1.0,  # beams are ranked by log-probability / length ** penalty
@@ -64,6 +61,10 @@ EVAL = dict(  # `kind` says which of these it reads
     metrics=("sacrebleu", "chrf", "exact_match"),
     samples=8,  # rows written to samples/NAME-STEP.jsonl
   ),
+  classify=dict(kind="classify", **_EACH, metrics=("accuracy", "f1_macro"), samples=8),
+  regress=dict(kind="regress", **_EACH, metrics=("pearson", "spearman", "mse"), samples=8),
+  tag=dict(kind="tag", **_EACH, metrics=("precision", "recall", "f1", "token_accuracy"), samples=8),
+  qa=dict(kind="qa", **_EACH, metrics=("exact_match", "f1"), samples=8),
 )
 
 
@@ -82,16 +83,18 @@ def base() -> ConfigDict:
     batch=("data", "fsdp"), embed="fsdp", heads="tensor", mlp="tensor", vocab="tensor"
   )  # logical axis -> mesh axes
 
-  c.task = dict(kind="seq2seq", input="{input}", target="{target}")  # templates over the columns of a row
+  c.task = _task()
 
   c.data = _data()
-  # share of each target that is spread over the vocabulary; weight of logsumexp ** 2 (1e-4 is usual)
-  c.loss = dict(label_smoothing=0.0, z_loss=0.0)
+  # share of each target that is spread over the vocabulary; weight of logsumexp ** 2 (1e-4 is usual); class_weights of
+  # the labels in order, or "balanced" (the rarer the heavier), or empty
+  c.loss = dict(label_smoothing=0.0, z_loss=0.0, class_weights=config_dict.FieldReference("", field_type=object))
 
   c.optimizer = _optimizer()
   c.trainable = (
     (r".*", True),
   )  # ordered: which parameters are trained; the rest have no gradient and no optimizer state
+  c.unfreeze = ()  # ordered (regex, step or share of the steps): parameters that stand still until then
 
   c.evals = ConfigDict()  # name -> dict(kind=...); see EVAL above for the fields of a kind
   # every: steps, minutes: by the clock (0: off); keep: latest ones that stay; best: metric whose best one stays as
@@ -106,6 +109,19 @@ def base() -> ConfigDict:
   return c
 
 
+def _task() -> ConfigDict:
+  c = ConfigDict()
+  c.kind = "seq2seq"  # causal, sft, prefix_lm, classify, regress, tag, ...: docs/tasks.md
+  # templates over the columns of a row: the input (text), a second text, the answer; the column of the label
+  c.input, c.target, c.pair, c.label = "{input}", "{target}", "", "{label}"
+  c.labels = ()  # names of all labels in order; empty: those of the training data
+  c.multi = False  # classify: any number of labels a row
+  c.scheme = ""  # tag: iob2, iob1, bilou or none
+  c.stride = 0  # causal: tokens that each further piece of a long document repeats
+  c.mix = ()  # further pairs (input, target) of templates, one of all taken for a row each epoch
+  return c
+
+
 def _model() -> ConfigDict:
   c = ConfigDict()
   c.init = ""  # folder, Hub id or builtin:NAME with the weights to start from; empty: fresh weights from `model.config`
@@ -113,7 +129,12 @@ def _model() -> ConfigDict:
   c.tokenizer = ""  # folder or Hub id; empty: the one beside the weights
   c.dtype = "auto"  # of activations: bfloat16, float32; auto: bfloat16 on TPU and GPU, float32 on CPU
   c.params_dtype = "float32"  # of the master weights
-  c.dropout = config_dict.placeholder(float)  # unset: as in the model's config.json
+  # rates, unset: as in the model's config.json. dropout: all that are not 0 there
+  c.dropout = config_dict.placeholder(float)
+  c.attention_dropout = config_dict.placeholder(float)
+  c.head_dropout = config_dict.placeholder(float)
+  c.neftune = 0.0  # noise on token embeddings in training, 5 is usual (arXiv 2310.05914)
+  c.head = dict(width=0, act="tanh")  # a head W2 act(W1 h + b1) + b2 in place of the family's; 0: the family's
   c.remat = "none"  # what the backward pass recomputes: none, block, dots
   c.unroll = 1  # layers unrolled in each turn of the scan over layers
   c.resize = False  # let the vocabulary grow to the tokenizer's size
@@ -132,6 +153,7 @@ def _data() -> ConfigDict:
   c.too_long = "error"  # examples over `lengths`: error (above `too_long_share`, else truncate), truncate, drop
   c.too_long_share = 0.01
   c.clean = dict(strip=True, unicode="", min_chars=0, max_chars=0, max_ratio=0.0, dedup=False)  # 0 and "" switch off
+  c.balance = "none"  # sampling: as many examples of each class an epoch
   c.limit = 0  # rows read of the training data; 0: all
   c.cache = ""  # folder of token caches; empty: $JAXFT_CACHE, else ~/.cache/jaxft
   c.workers = 0  # processes that tokenise; 0: one a core
@@ -153,6 +175,8 @@ def _optimizer() -> ConfigDict:
   c.decay = 0.0
   c.decay_rules = ((r".*(norm|bias|scale).*", 0.0), (r".*", 1.0))  # ordered: first match wins; times `decay`
   c.lr_rules = ((r".*", 1.0),)  # ordered: times `lr`
+  c.layer_decay = 1.0  # times `lr` for each layer further from the head; 1: off
+  c.toward_init = 0.0  # pull towards the weights at the start, as decay pulls to zero
   return c
 
 
@@ -174,7 +198,10 @@ def check(c: ConfigDict) -> ConfigDict:
   return c
 
 
-ANY = ("data.train", "data.validation", "task.input", "task.target", "model.dropout")  # checked where they are used
+ANY = (  # checked where they are used
+  "data.train", "data.validation", "task.input", "task.target", "task.pair", "loss.class_weights", "model.dropout",
+  "model.attention_dropout", "model.head_dropout",
+)  # fmt: skip
 FREE = ("model.config", "rules", "mesh", "data.lengths", "data.train", "data.validation", "evals", "task")
 
 

@@ -9,7 +9,7 @@ import types
 
 from absl import flags
 
-from jaxft import cli, cluster, display, observe, runs, setup
+from jaxft import cli, cluster, display, modeling, observe, runs
 from jaxft.data import sources
 from jaxft.errors import InputError
 from jaxft.infer import batch_decode, options
@@ -38,7 +38,7 @@ def decode(
   cluster.join()
   m, params, of_run, fix = runs.for_decoding(model, checkpoint, dtype)
   templates = [template] if template else of_run
-  how = options.read(m.skeleton.generation, setup.generation_config(m), **runs.answer_length(m, generation))
+  how = options.read(m.skeleton.generation, modeling.generation_config(m), **runs.answer_length(m, generation))
   engine = Generator(m.skeleton, m.tokenizer, how, batch=batch, mesh=m.mesh, rules=m.rules)
   observe.log.info("Decoding %s with %s, template %s, %s.", input, model, " or ".join(map(repr, templates)), how)
   report = batch_decode.decode(

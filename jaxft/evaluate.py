@@ -14,7 +14,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxft import cli, cluster, config, display, observe, runs, setup
+from jaxft import cli, cluster, config, display, evaluations, modeling, observe, runs, setup
 from jaxft.errors import InputError, StorageError
 from jaxft.train import workdir
 
@@ -22,27 +22,27 @@ SECONDS = 10.0  # between two looks at a run that is followed
 
 
 def evaluate(
-  c: ConfigDict | None, *, folder: str = "", model: str = "", which: str = "best", output: str = ""
+  c: ConfigDict | None, *, folder: str = "", name: str = "", which: str = "best", output: str = ""
 ) -> dict[str, float]:
-  """Evaluates checkpoint `which` of the run in `folder`, or `model`; returns {"eval/NAME/METRIC": value}.
+  """Evaluates checkpoint `which` of the run in `folder`, or the model `name`; returns {"eval/NAME/METRIC": value}.
 
   `c` None: the config of the run. Its evaluations need not be those of training.
   """
-  if model:
+  if name:
     if c is None:
       raise InputError("--model needs --config, which says what to evaluate on.")
     c = config.check(ConfigDict(c))
-    c.model.init, c.model.config = model, ConfigDict()
+    c.model.init, c.model.config = name, ConfigDict()
     if c.model.tokenizer:
-      observe.log.info("The tokenizer of %s is used, not model.tokenizer=%s.", model, c.model.tokenizer)
+      observe.log.info("The tokenizer of %s is used, not model.tokenizer=%s.", name, c.model.tokenizer)
       c.model.tokenizer = ""
     reader = config.Reader(c)
-    m = setup.model(reader)
+    m = setup.model_to_judge(reader, modeling.source(reader))
     target = pathlib.Path(output) if output else None
-    return _run(setup.evaluators_of(reader, m, target, needed=True), setup.load(m, c.seed), 0, target, model)
+    return _run(evaluations.make(reader, m, target, needed=True), modeling.load(m, c.seed), 0, target, name)
   reader, m, checkpointer = _open(c, folder)
   step, target = runs.pick(checkpointer, which), pathlib.Path(output or workdir.path(folder))
-  evaluators = setup.evaluators_of(reader, m, target, needed=True)
+  evaluators = evaluations.make(reader, m, target, needed=True)
   return _run(evaluators, runs.weights(m, checkpointer, step), step, target, f"{folder} step {step}")
 
 
@@ -51,12 +51,12 @@ def watch(c: ConfigDict | None, *, folder: str, output: str = "") -> None:
   was.
   """
   home = workdir.path(folder)
-  while not (home / setup.MODEL / "config.json").exists():
+  while not (home / modeling.FOLDER / "config.json").exists():
     observe.log.info("Waiting for %s to become a run folder.", folder)
     time.sleep(SECONDS)
   reader, m, checkpointer = _open(c, folder)
   target = pathlib.Path(output or home)
-  evaluators = setup.evaluators_of(reader, m, target, needed=True)
+  evaluators = evaluations.make(reader, m, target, needed=True)
   done = {row["step"] for row in observe.read_metrics(target, "eval.jsonl")}
   while True:
     ended = (home / setup.DONE).exists()  # asked before the steps, so that the last one is not missed
@@ -111,7 +111,7 @@ def main(f: types.SimpleNamespace) -> int:
   if f.watch.value:
     watch(c, folder=f.workdir.value, output=f.output.value)
   else:
-    evaluate(c, folder=f.workdir.value, model=f.model.value, which=f.checkpoint.value, output=f.output.value)
+    evaluate(c, folder=f.workdir.value, name=f.model.value, which=f.checkpoint.value, output=f.output.value)
   return 0
 
 

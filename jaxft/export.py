@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxft import cli, hub, observe, runs, setup
+from jaxft import cli, hub, modeling, observe, runs, setup
 from jaxft.errors import InputError, NumbersError
 
 
-def write(m: setup.Model, params: Any, folder: pathlib.Path, *, dtype: str, shard_gb: float) -> float:
+def write(m: modeling.Model, params: Any, folder: pathlib.Path, *, dtype: str, shard_gb: float) -> float:
   """Writes `params` as a model folder, reads it again and returns the largest absolute difference."""
   hub.save(
     folder,
@@ -26,7 +26,7 @@ def write(m: setup.Model, params: Any, folder: pathlib.Path, *, dtype: str, shar
     m.skeleton.json,
     dtype=dtype,
     shard_gb=shard_gb,
-    generation_config=setup.generation_config(m),
+    generation_config=modeling.generation_config(m) or None,
     tokenizer_from=m.tokens_folder,
   )
   difference = hub.verify(folder, m.skeleton.rules, params)

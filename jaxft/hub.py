@@ -1,19 +1,20 @@
 """Hugging Face model folders, in and out: names by a table read both ways, bytes by shard, every mismatch together.
 
-A family gives its table as a list of `Rule`. Loading copies from maps of the files only the slices that this process's
-devices hold; saving gathers one tensor at a time.
+A family gives its table as a list of `Rule` (jaxft/names.py). Loading copies from maps of the files only the slices
+that this process's devices hold; saving gathers one tensor at a time.
 """
 
-import dataclasses
+import collections
 import functools
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,90 +23,26 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxft import safetensors, trees
+from jaxft import names, safetensors, trees
 from jaxft.errors import InputError
+from jaxft.names import Rule
 
 Tree = Any
 
-WANTED = ("*.json", "model*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt")  # what `resolve` downloads
-TOKENIZER = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "spiece.model",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "vocab.json",
-  "vocab.txt",
-  "merges.txt",
-  "sentencepiece.bpe.model",
-  "tokenizer.model",
-  "chat_template.jinja",
+log = logging.getLogger("jaxft")
+
+WANTED = (  # what `resolve` downloads, in folders below too
+  *("*.json", "model*.safetensors", "*.model", "*.spm", "*.jinja"),
+  *("merges.txt", "vocab.txt", "dict.txt", "bpe.codes"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """One line of the table between Hub tensors and our parameters.
-
-  hub: tensor name; with `{i}` our leaf stacks the layers on its leading axis.
-  ours: path of the leaf; empty: a tensor that is allowed in files and ignored.
-  dims: for each dimension of the Hub tensor, those of ours (without the layers) that it merges, major first; None: the
-  same.
-  copies: names under which old files repeat the tensor; they must be equal to it, and stand in for it where it is
-  absent.
-  """
-
-  hub: str
-  ours: str
-  dims: tuple[tuple[int, ...], ...] | None = None
-  copies: tuple[str, ...] = ()
-
-  @property
-  def stacked(self) -> bool:
-    return "{i}" in self.hub
-
-  def names(self, shape: Sequence[int]) -> list[str]:
-    """Returns the Hub names of a leaf of this shape."""
-    return [self.hub.replace("{i}", str(i)) for i in range(shape[0])] if self.stacked else [self.hub]
-
-  def hub_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-    """Returns the shape of the tensor on the Hub for a leaf of `shape`."""
-    own = tuple(shape[1:] if self.stacked else shape)
-    return own if self.dims is None else tuple(math.prod(own[d] for d in dims) for dims in self.dims)
-
-  def to_ours(self, x: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Returns a Hub tensor as one layer of a leaf of `shape`, as a view."""
-    own = tuple(shape[1:] if self.stacked else shape)
-    if self.dims is None:
-      return x.reshape(own)
-    order = [d for dims in self.dims for d in dims]
-    return x.reshape([own[d] for d in order]).transpose(np.argsort(order))
-
-  def to_hub(self, x: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Returns one layer of a leaf of `shape` as the tensor on the Hub."""
-    if self.dims is None:
-      return x
-    return x.transpose([d for dims in self.dims for d in dims]).reshape(self.hub_shape(shape))
-
-
-def linear(hub: str, ours: str) -> Rule:
-  """[out, in] there, [in, out] here."""
-  return Rule(hub, ours, ((1,), (0,)))
-
-
-def heads_in(hub: str, ours: str) -> Rule:
-  """[heads * head_dim, in] there, [in, heads, head_dim] here."""
-  return Rule(hub, ours, ((1, 2), (0,)))
-
-
-def heads_out(hub: str, ours: str) -> Rule:
-  """[out, heads * head_dim] there, [heads, head_dim, out] here."""
-  return Rule(hub, ours, ((2,), (0, 1)))
-
-
-def ignore(hub: str) -> Rule:
-  """A tensor that files may hold and that nobody uses."""
-  return Rule(hub, "")
+TOKENIZER = (  # what `save` takes over
+  *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+  *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+  *("vocab.txt", "vocab.json", "merges.txt"),  # WordPiece; the byte-level BPE of GPT-2, RoBERTa, BART
+  *("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model"),  # T5; Llama; XLM-R, mBART; DeBERTa v3
+  *("source.spm", "target.spm", "target_vocab.json"),  # Marian
+  *("dict.txt", "bpe.codes"),  # BARTpho; PhoBERT
+)
 
 
 def resolve(path_or_id: str) -> pathlib.Path:
@@ -178,65 +115,118 @@ def _tensors(folder: pathlib.Path) -> dict[str, safetensors.Tensor]:
 def equal(folder: pathlib.Path, one: str, other: str) -> bool:
   """Says whether two tensors of a folder hold the same values; reads until the first difference."""
   found = _tensors(folder)
-  return _equal(found[one], found[other])
+  return found[one].equals(found[other])
 
 
-def _equal(a: safetensors.Tensor, b: safetensors.Tensor) -> bool:
-  if a.shape != b.shape or not {a.dtype, b.dtype} <= set(safetensors.DTYPES):
-    return False
-  x, y = a.view(), b.view()
-  rows = max(1, 2**24 // max(1, math.prod(a.shape[1:])))
-  return all(np.array_equal(x[i : i + rows], y[i : i + rows]) for i in range(0, a.shape[0], rows))
-
-
-def load(folder: pathlib.Path, rules: Sequence[Rule], shapes: Tree, shardings: Tree | None) -> Tree:
+def load(
+  folder: pathlib.Path,
+  rules: Sequence[Rule],
+  shapes: Tree,
+  shardings: Tree | None,
+  *,
+  prefix: str = "",
+  renames: names.Renames = (),
+  without: Collection[str] = (),
+) -> Tree:
   """Returns the parameters of a model folder, each born with its sharding and in the dtype of its entry of `shapes`.
 
   `shapes` has ShapeDtypeStruct leaves; `shardings` None puts everything on the default device. Host memory holds the
-  slices of one leaf at a time. Raises InputError with all that is missing, unexpected or misshapen.
+  slices of one leaf at a time. `prefix` and `renames`: see `names.canonical`. The leaves `without` (paths, such as
+  those of `lacking`) are neither read nor returned. Logs which tensors are not used; raises InputError with all that
+  is missing, unexpected or misshapen.
   """
   flat = trees.flatten(shapes)
-  found = _tensors(folder)
-  tensors = _match(pathlib.Path(folder), rules, flat, found)
+  found = _named(folder, rules, prefix, renames)
+  tensors = _match(pathlib.Path(folder), rules, flat, *found, without)
   where = trees.flatten(shardings) if shardings is not None else {}
   default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  out = {r.ours: _leaf(r, flat[r.ours], tensors[r.ours], where.get(r.ours, default)) for r in rules if r.ours}
-  return trees.unflatten({path: out[path] for path in flat})
+  out = {}
+  for rule in (r for r in rules if r.ours and r.ours not in without):
+    want = flat[rule.ours]
+    layers = [None] * rule.first + [tensors[n] for n in rule.names(want.shape)]
+    out[rule.ours] = _leaf(rule, want, layers, where.get(rule.ours, default))
+  return trees.unflatten({path: out[path] for path in flat if path in out})
 
 
-def _match(folder, rules, flat: dict, found: dict) -> dict[str, list[safetensors.Tensor]]:
-  """Returns {path: tensors of its layers}; raises InputError with every mismatch."""
-  named = {r.ours for r in rules if r.ours}
-  assert named == set(flat), f"table and model differ: {sorted(named ^ set(flat))}"
+def lacking(
+  folder: pathlib.Path,
+  rules: Sequence[Rule],
+  shapes: Tree,
+  heads: Sequence[str],
+  *,
+  prefix: str = "",
+  renames: names.Renames = (),
+  replace: bool = False,
+) -> set[str]:
+  """Returns the paths of the leaves that a folder does not give, and that the caller has to make: those of whole heads.
+
+  The leaves whose paths one regex of `heads` matches are one head, such as "head/.*": it is in the file with all its
+  tensors, or it is lacking. (`load` refuses a head of which a part is missing.) A head of another shape is an error
+  which says how many labels there are, unless `replace`: then a head that does not fit is lacking too. Give the result
+  to `load` as `without`.
+  """
+  flat = trees.flatten(shapes)
+  found, called = _named(folder, rules, prefix, renames)
+  entries, out = names.entries(rules, flat), set()
+  for head in heads:
+    mine = [e for e in entries if any(re.fullmatch(head, r.ours) for r in e.rules)]
+    there = [(e, n) for e in mine for n in (e.name, *e.copies) if n in found]
+    other = [(e, n) for e, n in there if found[n].shape != e.shape]
+    if not there or (replace and (other or len({e.name for e, _ in there}) < len(mine))):
+      out |= {r.ours for e in mine for r in e.rules}
+    elif other:
+      entry, name = other[0]
+      has, want = found[name].shape, entry.shape
+      labels = has[1:] == want[1:] and len(has) > 0
+      said = f": the head in the file has {has[0]} labels, this one {want[0]}" if labels else ""
+      raise InputError(
+        f"{folder}: {called[name]} is {list(has)}, and {list(want)} is needed{said}. Take the labels of the file "
+        "(id2label in its config.json), or let the head begin anew."
+      )
+  return out
+
+
+def _named(folder: pathlib.Path, rules, prefix: str, renames) -> tuple[dict[str, safetensors.Tensor], dict[str, str]]:
+  """Returns ({name as the table has it: tensor}, {the same: name in the file}) of a folder."""
+  found = _tensors(folder)
+  called = names.canonical(str(folder), found, rules, prefix, renames)
+  return {name: found[n] for name, n in called.items()}, called
+
+
+def _match(folder, rules, flat: dict, found: dict, called: dict, without=()) -> dict[str, safetensors.Tensor]:
+  """Returns {name of the table: tensor}; logs what is not used; raises InputError with every mismatch."""
   out, missing, wrong, used = {}, [], [], set()
-  for rule in rules:
-    if not rule.ours:
-      used.add(rule.hub)
+  for entry in names.entries(rules, flat, without):
+    there = [n for n in (entry.name, *entry.copies) if n in found]
+    used |= {entry.name, *entry.copies}
+    if not there:
+      missing.append(f"{entry.name} {list(entry.shape)}")
       continue
-    shape = flat[rule.ours].shape
-    out[rule.ours] = []
-    for name in rule.names(shape):
-      there = [n for n in (name, *rule.copies) if n in found]
-      used |= {name, *rule.copies}
-      if not there:
-        missing.append(f"{name} {list(rule.hub_shape(shape))}")
-        continue
-      tensor = found[there[0]]
-      out[rule.ours].append(tensor)
-      if tensor.shape != rule.hub_shape(shape):
-        wrong.append(f"{there[0]} is {list(tensor.shape)}, expected {list(rule.hub_shape(shape))}")
-      elif tensor.dtype not in safetensors.DTYPES:
-        wrong.append(f"{there[0]} is {tensor.dtype}, expected one of {', '.join(safetensors.DTYPES)}")
-      differ = [n for n in there[1:] if not _equal(found[n], tensor)]
-      wrong += [f"{n} differs from {there[0]}, of which it should be a copy" for n in differ]
-  unexpected = [f"{n} {list(t.shape)}" for n, t in found.items() if n not in used]
+    tensor = out[entry.name] = found[there[0]]
+    if tensor.shape != entry.shape:
+      wrong.append(f"{called[there[0]]} is {list(tensor.shape)}, expected {list(entry.shape)}")
+    elif tensor.dtype not in safetensors.DTYPES:
+      wrong.append(f"{called[there[0]]} is {tensor.dtype}, expected one of {', '.join(safetensors.DTYPES)}")
+    differ = [n for n in there[1:] if not tensor.equals(found[n])]
+    wrong += [f"{called[n]} differs from {called[there[0]]}, of which it should be a copy" for n in differ]
+  spare = [r for r in rules if not r.ours or r.ours in without]
+  unexpected, unused = [], collections.Counter()
+  for name in (n for n in found if n not in used):
+    rule = next((r for r in spare if r.matches(name)), None)
+    if rule is None:
+      unexpected.append(f"{called[name]} {list(found[name].shape)}")
+    elif rule.ours or "*" in rule.hub:
+      unused[rule.hub] += 1
   if missing or wrong or unexpected:
     lists = (("missing in the file", missing), ("not known to the model", unexpected), ("wrong", wrong))
-    more = lambda names: ", ..." if len(names) > 40 else ""
-    parts = [f"{title} ({len(names)}): {', '.join(names[:40])}{more(names)}" for title, names in lists if names]
+    more = lambda x: ", ..." if len(x) > 40 else ""
+    parts = [f"{title} ({len(x)}): {', '.join(x[:40])}{more(x)}" for title, x in lists if x]
     raise InputError(
       f"{folder}: weights and config.json do not match. {'; '.join(parts)}. Check that the two belong together."
     )
+  if unused:
+    counts = (f"{name} ({n} tensor{'s' if n > 1 else ''})" for name, n in unused.items())
+    log.info("%s: not used: %s.", folder, ", ".join(counts))
   return out
 
 
@@ -249,7 +239,7 @@ def _leaf(rule: Rule, want: jax.ShapeDtypeStruct, tensors: list, sharding: jax.s
       part = _aligned([b - a for a, b in spans], want.dtype)
       if rule.stacked:
         for i in range(*spans[0]):
-          part[i - spans[0][0]] = rule.to_ours(tensors[i].view(), want.shape)[index[1:]]
+          part[i - spans[0][0]] = rule.to_ours(tensors[i].view(), want.shape)[index[1:]] if i >= rule.first else 1
       else:
         part[...] = rule.to_ours(tensors[0].view(), want.shape)[index]
       kept[spans] = part
@@ -287,18 +277,17 @@ def save(
   if kind not in safetensors.CODES:
     raise InputError(f"export.dtype is {dtype!r}; it is float32, bfloat16 or float16.")
   flat = trees.flatten(params)
-  entries = [(name, rule, i) for rule in rules if rule.ours for i, name in enumerate(rule.names(flat[rule.ours].shape))]
-  entries.sort(key=lambda e: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", e[0])])
-  sizes = {name: rule.hub_shape(flat[rule.ours].shape) for name, rule, _ in entries}
+  order = lambda e: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", e.name)]
+  entries = {e.name: e for e in sorted(names.entries(rules, flat), key=order)}
+  sizes = {name: e.shape for name, e in entries.items()}
   files = _plan(sizes, kind, shard_gb)
   writes = jax.process_index() == 0
   if writes:
     folder.mkdir(parents=True, exist_ok=True)
-  by_name = {name: (rule, i) for name, rule, i in entries}
-  for file, names in files.items():
-    values = ((n, _fetch(*by_name[n], flat)) for n in names)
+  for file, held in files.items():
+    values = ((n, entries[n].join([_fetch(r, entries[n].layer, flat) for r in entries[n].rules])) for n in held)
     if writes:
-      safetensors.write(folder / file, {n: sizes[n] for n in names}, kind, values)
+      safetensors.write(folder / file, {n: sizes[n] for n in held}, kind, values)
     else:
       _drain(values)
   if writes:
@@ -323,11 +312,11 @@ def _plan(sizes: dict[str, tuple], dtype: np.dtype, shard_gb: float) -> dict[str
     room -= size
   if len(groups) == 1:
     return {safetensors.SINGLE: groups[0]}
-  return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+  return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def _fetch(rule: Rule, i: int, flat: dict) -> np.ndarray:
-  """Returns layer `i` of a rule's leaf as the Hub's tensor, on the host."""
+  """Returns layer `i` of a rule's leaf as the Hub's tensor, or as its part of one, on the host."""
   x = flat[rule.ours]
   shape = x.shape
   if isinstance(x, jax.Array) and not x.is_fully_replicated:
@@ -356,7 +345,7 @@ def _index(files: dict, sizes: dict, dtype: np.dtype) -> dict:
   total = sum(math.prod(s) for s in sizes.values())
   return {
     "metadata": {"total_parameters": total, "total_size": total * dtype.itemsize},
-    "weight_map": {name: file for file, names in files.items() for name in names},
+    "weight_map": {name: file for file, held in files.items() for name in held},
   }
 
 
@@ -366,10 +355,12 @@ def _finish(folder: pathlib.Path, files: dict, jsons: dict, tokenizer_from: path
       old.unlink()
   for name, value in jsons.items():
     _write_json(folder / name, value)
-  for name in TOKENIZER if tokenizer_from is not None else ():
-    source = pathlib.Path(tokenizer_from) / name
-    if source.exists() and source.resolve() != (folder / name).resolve():
-      shutil.copyfile(source, folder / name)
+  home = pathlib.Path(tokenizer_from) if tokenizer_from is not None else None
+  for source in (f for pattern in TOKENIZER for f in sorted(home.glob(pattern))) if home else ():
+    target = folder / source.relative_to(home)
+    if source.resolve() != target.resolve():
+      target.parent.mkdir(exist_ok=True)
+      shutil.copyfile(source, target)
 
 
 def _write_json(file: pathlib.Path, value: dict) -> None:
@@ -385,11 +376,12 @@ def verify(folder: pathlib.Path, rules: Sequence[Rule], params: Tree) -> float:
   """
   flat = trees.flatten(params)
   reads = jax.process_index() == 0
-  tensors = _match(pathlib.Path(folder), rules, flat, safetensors.read_folder(pathlib.Path(folder))) if reads else {}
+  tensors = _match(pathlib.Path(folder), rules, flat, *_named(folder, rules, "", ())) if reads else {}
   worst = [0.0]
-  for rule in (r for r in rules if r.ours):
-    for i in range(len(rule.names(flat[rule.ours].shape))):
-      ours = _fetch(rule, i, flat)
+  for entry in names.entries(rules, flat):
+    for rule in entry.rules:
+      ours = _fetch(rule, entry.layer, flat)
       if reads and ours.size:
-        worst.append(np.abs(ours.astype(np.float32) - tensors[rule.ours][i].view().astype(np.float32)).max())
+        theirs = rule.cut(tensors[entry.name].view()).astype(np.float32)
+        worst.append(np.abs(ours.astype(np.float32).reshape(theirs.shape) - theirs).max())
   return float(np.max(worst))

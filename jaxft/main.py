@@ -15,7 +15,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxft import cli, cluster, config, display, export, observe, report, runs, setup
+from jaxft import cli, cluster, config, display, evaluations, export, modeling, observe, report, runs, setup
 from jaxft.data import report as data_report
 from jaxft.errors import InputError
 from jaxft.train import loop, step, workdir
@@ -36,11 +36,12 @@ def train(c: ConfigDict, folder: str) -> loop.Outcome:
 
 def _train(c: config.Reader, whole: ConfigDict, home: pathlib.Path, main: bool) -> loop.Outcome:
   observe.log.info("Compiled programs are kept in %s.", observe.compile_cache() or "memory only")
-  m = setup.model(c)
-  data = setup.store(c, m.tokenizer, c.data.train, "data.train", c.data.limit)
+  source = modeling.source(c)
+  data = setup.training_data(c, source)
+  m = setup.model_for(c, source, data)
   batches = setup.batches(c, data, m)
-  t = setup.trainer(c, m, setup.total_steps(c, batches))
-  evals, plan, judge = setup.evaluators_of(c, m, home), setup.plan(c, t, batches, m), setup.early_stop(c)
+  t = setup.trainer(c, m, data, setup.total_steps(c, batches))
+  evals, plan, judge = evaluations.make(c, m, home), setup.plan(c, t, batches, m), setup.early_stop(c)
   checkpointer, last = setup.checkpointer(c, home, m, data), setup.export_options(c)
   observing = dict(steps=t.steps, tensorboard=c.log.tensorboard, main=main)
   if c.unread():
@@ -68,11 +69,11 @@ def _train(c: config.Reader, whole: ConfigDict, home: pathlib.Path, main: bool) 
   return outcome
 
 
-def _state(c: config.Reader, m: setup.Model, t: setup.Trainer, checkpointer, data: str) -> tuple:
+def _state(c: config.Reader, m: modeling.Model, t: setup.Trainer, checkpointer, data: str) -> tuple:
   """Returns (state, evaluations) of the last good checkpoint, or those of step 0; `data` names the training data."""
   restored = checkpointer.restore(t.abstract)
   if not restored:
-    return step.init_state(setup.load(m, c.seed), c.seed, t.tx, t.abstract), []
+    return step.init_state(modeling.load(m, c.seed, fresh=True), c.seed, t.tx, t.abstract), []
   state, meta = restored
   if meta["data"] != data:
     raise InputError(

@@ -24,6 +24,7 @@ from jaxft import observe
 
 COLORS = ("#1f5fa8", "#d1622b", "#3a8f5c", "#8a4fa3", "#b3902b", "#555555")
 HIDDEN = ("seconds",)  # evaluation values that are no result
+COUNTS = ("tokens", "examples")  # those that say how much was evaluated: no curve
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.6em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}img{max-width:100%}
 table{border-collapse:collapse;font-size:.92em}
@@ -81,7 +82,7 @@ def _panels(rows: Mapping[str, Sequence[Mapping]]) -> list[tuple[str, list[str]]
       for k, v in row.items():
         if isinstance(v, (int, float)):
           largest[k] = max(largest.get(k, -math.inf), v)
-  evals = sorted(k for k in largest if k.startswith("eval/") and k.rsplit("/")[-1] not in HIDDEN)
+  evals = sorted(k for k in largest if k.startswith("eval/") and k.rsplit("/")[-1] not in (*HIDDEN, *COUNTS))
   losses = [k for k in evals if k.endswith("/loss")]
   rates = ("padded_tokens_per_second", "tokens_per_second", "target_tokens_per_second")
   panels = [("loss", ["loss", *losses])] + [(_metric_title(k), [k]) for k in evals if k not in losses]
@@ -117,7 +118,12 @@ def _panel(axes: Any, name: str, keys: Sequence[str], rows: Mapping[str, Sequenc
   axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
   axes.grid(alpha=0.25)
   axes.margins(y=0.15)
-  if name.startswith(("loss", "gradient norm", "perplexity")) and low and min(low) > 0 and max(high) / min(low) > 20:
+  if (
+    (name.startswith(("loss", "gradient norm")) or "perplexity" in name)
+    and low
+    and min(low) > 0
+    and max(high) / min(low) > 20
+  ):
     axes.set_yscale("log")
   elif name in ("tokens per second", "time waiting for data", "MFU") or (
     low and 0 <= min(low) < 0.3 * max(high) and not name.startswith(("loss", "learning rate"))
@@ -203,11 +209,15 @@ def samples(folder: str | pathlib.Path, most: int = 12) -> dict[str, list[dict[s
 
 
 def before_and_after(folder: str | pathlib.Path, most: int) -> dict[str, list[dict[str, str]]]:
-  """Returns {evaluation: rows of input, reference, and the output at its first and last step} from folder/samples."""
+  """Returns {evaluation: rows of texts} from folder/samples: input, reference, and the output at its first and last
+  step; where the rows are of labels, which differ from step to step, those of the last."""
   files = sorted(samples(folder).items(), key=lambda item: int(item[0].rpartition("-")[2].removesuffix(".jsonl")))
   out: dict[str, dict] = {}
   for file, rows in files:
     name, _, step = file.removesuffix(".jsonl").rpartition("-")
+    if rows and "predicted" in rows[0]:
+      out[name] = {i: {k: str(v) for k, v in row.items() if k != "id"} for i, row in enumerate(rows[:most])}
+      continue
     for row in rows[:most]:
       shown = out.setdefault(name, {}).setdefault(row["id"], {"input": row["input"], "reference": row["reference"]})
       shown[f"step {step}"] = row["output"]
@@ -228,16 +238,16 @@ def write(folder: str | pathlib.Path, *, title: str, command: str, facts: Mappin
   ]
   sections = {"Results": results, **facts, "Hardware and versions": _flat(observe.environment())}
   shown = {f"Samples: {name}": rows for name, rows in samples(folder).items()}
-  _write(folder / "report.html", observe.redact(_html(title, command, picture, {**sections, **shown})).encode())
-  _write(folder / "README.md", observe.redact(_card(title, command, sections)).encode())
+  found = sorted((folder / "samples").glob("*.png"))  # of evaluations, such as confusion matrices
+  pictures = {"curves": picture, **{path.stem: path.read_bytes() for path in found}}
+  _write(folder / "report.html", observe.redact(_html(title, command, pictures, {**sections, **shown})).encode())
+  _write(folder / "README.md", observe.redact(_card(title, command, sections, [p.stem for p in found])).encode())
 
 
-def _html(title: str, command: str, picture: bytes, sections: Mapping[str, Any]) -> str:
-  body = [
-    f"<h1>{html.escape(title)}</h1>",
-    f"<pre>{html.escape(command)}</pre>",
-    f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
-  ]
+def _html(title: str, command: str, pictures: Mapping[str, bytes], sections: Mapping[str, Any]) -> str:
+  body = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(command)}</pre>"]
+  for name, data in pictures.items():
+    body.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">')
   for name, value in sections.items():
     body.append(f"<h2>{html.escape(name)}</h2>")
     header, rows = _table(value)
@@ -255,19 +265,10 @@ def _html(title: str, command: str, picture: bytes, sections: Mapping[str, Any])
   )
 
 
-def _card(title: str, command: str, sections: Mapping[str, Any]) -> str:
-  out = [
-    f"# {title}",
-    "",
-    "```",
-    command,
-    "```",
-    "",
-    "![curves](curves.png)",
-    "",
-    "Samples and the same figures: `report.html`.",
-    "",
-  ]
+def _card(title: str, command: str, sections: Mapping[str, Any], pictures: Sequence[str]) -> str:
+  links = ["![curves](curves.png)", *(f"![{name}](<samples/{name}.png>)" for name in pictures)]
+  out = [f"# {title}", "", "```", command, "```", ""]
+  out += [line for link in links for line in (link, "")] + ["Samples and the same figures: `report.html`.", ""]
   for name, value in sections.items():
     out += [f"## {name}", ""]
     header, rows = _table(value)

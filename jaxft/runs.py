@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxft import config, hub, setup, sharding, trees
+from jaxft import config, hub, modeling, setup, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import clean
 from jaxft.errors import InputError, NumbersError, StorageError
@@ -19,20 +19,18 @@ from jaxft.train import step as train_step
 log = logging.getLogger("jaxft")
 
 
-TASK = "task.json"  # in setup.MODEL: the templates of the inputs, as the columns of the data have called for them
+TASK = "task.json"  # in modeling.FOLDER: the templates of the inputs, as the columns of the data have called for them
 
 
-def keep(m: setup.Model, home: pathlib.Path, templates: Sequence[Any]) -> None:
+def keep(m: modeling.Model, home: pathlib.Path, templates: Sequence[Any]) -> None:
   """Writes what a reader of the run needs beside the weights into home/model: the config.json files, the tokenizer, the
   templates of the inputs."""
-  folder = home / setup.MODEL
+  folder = home / modeling.FOLDER
   folder.mkdir(exist_ok=True)
   m.tokenizer.save(folder)
-  jsons = {
-    "generation_config.json": setup.generation_config(m),
-    TASK: dict(inputs=templates),
-    "config.json": m.skeleton.json,
-  }
+  jsons = {TASK: dict(inputs=templates), "config.json": m.skeleton.json}
+  if m.skeleton.kind == "lm":
+    jsons["generation_config.json"] = modeling.generation_config(m)
   for name, value in jsons.items():
     (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -65,15 +63,15 @@ def ending(home: pathlib.Path, main: bool) -> Iterator[Callable[[str, int | None
     raise
 
 
-def run(folder: str, dtype: str = "auto") -> tuple[Reader, setup.Model, checkpoint.Checkpointer]:
+def run(folder: str, dtype: str = "auto") -> tuple[Reader, modeling.Model, checkpoint.Checkpointer]:
   """Returns config, model and checkpoints of an existing run folder, for reading; `dtype` auto is that of the run.
 
   Where the run's mesh does not fit the devices here, the default mesh takes its place.
   """
   home = workdir.path(folder)
-  if not (home / "config.json").exists() or not (home / setup.MODEL).exists():
+  if not (home / "config.json").exists() or not (home / modeling.FOLDER).exists():
     raise InputError(
-      f"{folder} is not a run folder: it has no config.json and {setup.MODEL}/, which training writes at its start."
+      f"{folder} is not a run folder: it has no config.json and {modeling.FOLDER}/, which training writes at its start."
     )
   given = config.from_json((home / "config.json").read_text())
   if dtype != "auto":
@@ -88,7 +86,7 @@ def run(folder: str, dtype: str = "auto") -> tuple[Reader, setup.Model, checkpoi
   reader = checkpoint.Checkpointer(
     str(home / "checkpoints"), keep=s.keep, best=s.best, mode=s.mode, facts={}, write=False
   )
-  return c, setup.model(c, home), reader
+  return c, modeling.make(c, modeling.source(c, home), None), reader
 
 
 def pick(checkpointer: checkpoint.Checkpointer, which: str) -> int:
@@ -108,7 +106,7 @@ def pick(checkpointer: checkpoint.Checkpointer, which: str) -> int:
   return int(which)
 
 
-def weights(m: setup.Model, checkpointer: checkpoint.Checkpointer, step: int) -> Any:
+def weights(m: modeling.Model, checkpointer: checkpoint.Checkpointer, step: int) -> Any:
   """Returns the parameters of a checkpoint, trained and frozen ones together, without the optimizer's state."""
   have = checkpointer.meta(step)["leaves"]
   shapes = trees.map_with_path(
@@ -126,7 +124,7 @@ def weights(m: setup.Model, checkpointer: checkpoint.Checkpointer, step: int) ->
   return params
 
 
-def best_of(m: setup.Model, checkpointer: checkpoint.Checkpointer, outcome: loop.Outcome) -> tuple[int, Any]:
+def best_of(m: modeling.Model, checkpointer: checkpoint.Checkpointer, outcome: loop.Outcome) -> tuple[int, Any]:
   """Returns (step, parameters) of the best checkpoint of a run that has just ended; without one, what it ended with."""
   best = checkpointer.best_step()
   if best not in (None, outcome.step):
@@ -137,26 +135,26 @@ def best_of(m: setup.Model, checkpointer: checkpoint.Checkpointer, outcome: loop
   return outcome.step, train_step.whole(outcome.state)
 
 
-def for_decoding(name: str, which: str, dtype: str) -> tuple[setup.Model, Any, list, clean.Options]:
+def for_decoding(name: str, which: str, dtype: str) -> tuple[modeling.Model, Any, list, clean.Options]:
   """Returns (model, weights, input templates, what is done to each field) of a run folder, with which it was trained,
   or of a Hugging Face folder or Hub id: {input}, stripped.
   """
   home = pathlib.Path(name).expanduser()
-  if (home / setup.MODEL / "config.json").exists():
+  if (home / modeling.FOLDER / "config.json").exists():
     c, m, checkpointer = run(name, dtype)
-    templates = hub.read_json(home / setup.MODEL / TASK)["inputs"]
+    templates = hub.read_json(home / modeling.FOLDER / TASK)["inputs"]
     return m, weights(m, checkpointer, pick(checkpointer, which)), templates, setup.cleaning(c)
   c = config.base()
   c.model.init, c.model.dtype = name, dtype
-  c.model.params_dtype = setup.activations(dtype).name
+  c.model.params_dtype = modeling.activations(dtype).name
   c = Reader(c)
-  m = setup.model(c)
-  return m, setup.load(m, 0), ["{input}"], setup.cleaning(c)
+  m = modeling.make(c, modeling.source(c), None)
+  return m, modeling.load(m, 0), ["{input}"], setup.cleaning(c)
 
 
-def answer_length(m: setup.Model, given: dict) -> dict:
+def answer_length(m: modeling.Model, given: dict) -> dict:
   """Returns `given` with a length, where neither it nor the model's own generation_config.json has one."""
-  own = setup.generation_config(m)
+  own = modeling.generation_config(m)
   if given.get("length") is None and all(own.get(k) is None for k in ("max_new_tokens", "max_length")):
     log.info("The model names no length for its answers; at most 256 new tokens (--max_new_tokens).")
     return {**given, "length": 256}

@@ -59,6 +59,14 @@ class Tensor:
     raw = np.memmap(self.file, np.uint8, "r", self.start, (math.prod(self.shape) * dtype.itemsize,))
     return raw.view(dtype).view(np.ndarray).reshape(self.shape)
 
+  def equals(self, other: "Tensor") -> bool:
+    """Says whether two weights hold the same values; reads until the first difference."""
+    if self.shape != other.shape or not {self.dtype, other.dtype} <= set(DTYPES):
+      return False
+    x, y = self.view(), other.view()
+    rows = max(1, 2**24 // max(1, math.prod(self.shape[1:])))
+    return all(np.array_equal(x[i : i + rows], y[i : i + rows]) for i in range(0, self.shape[0], rows))
+
 
 def read_header(file: pathlib.Path) -> dict[str, Tensor]:
   """Returns the tensors of a file by name; raises InputError on a header that does not describe the file exactly."""
@@ -157,7 +165,8 @@ def no_weights(where: str, files: Iterable[str], source: str, target: str) -> st
       f"{where} holds its weights as a pickle ({', '.join(pickles[:3])}), which can run any code when it is "
       "opened; jaxft reads safetensors only. Convert it where torch and transformers are installed: python -c "
       f'"from transformers import AutoModelForSeq2SeqLM as M; M.from_pretrained({source})'
-      f".save_pretrained('{target}')\", and copy the tokenizer files over."
+      f".save_pretrained('{target}')\", and copy the tokenizer files over. (A model that is no encoder-decoder has "
+      "another class: AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, ...)"
     )
   held = f"; it holds {', '.join(others[:5])}" if others else ""
   return f"{where} has neither {SINGLE} nor {INDEX}{held}. Give a Hugging Face model folder."

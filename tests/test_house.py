@@ -21,6 +21,7 @@ FLOORS = dict(
   observe=0,
   report=0,
   hub=0,
+  names=0,
   safetensors=0,
   flops=0,
   display=0,

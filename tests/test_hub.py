@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxft import hub, safetensors, sharding
+from jaxft import hub, names, safetensors, sharding
 from jaxft.errors import InputError
 
 L, D, N, H, V = 3, 8, 2, 5, 24
 RULES = [
-  hub.Rule("shared.weight", "embed/embedding", copies=("lm_head.weight", "enc.embed.weight")),
-  hub.heads_in("b.{i}.q.weight", "layers/q/kernel"),
-  hub.heads_out("b.{i}.o.weight", "layers/o/kernel"),
-  hub.linear("b.{i}.wi.weight", "layers/wi/kernel"),
-  hub.Rule("norm.weight", "norm/scale"),
-  hub.ignore("old.bias"),
+  names.Rule("shared.weight", "embed/embedding", copies=("lm_head.weight", "enc.embed.weight")),
+  names.heads_in("b.{i}.q.weight", "layers/q/kernel"),
+  names.heads_out("b.{i}.o.weight", "layers/o/kernel"),
+  names.linear("b.{i}.wi.weight", "layers/wi/kernel"),
+  names.Rule("norm.weight", "norm/scale"),
+  names.ignore("old.bias"),
 ]
 SHAPES = {
   "embed": {"embedding": (V, D)},

@@ -52,7 +52,7 @@ def test_step_compiles_and_fits(size, topology, axes, batch, remat, capfd):
     decay=0.01, decay_rules=((r".*norm.*", 0.0), (r".*", 1.0)), lr_rules=((r".*", 1.0),), steps=100, shapes=m.shapes,
     axes=m.axes, trainable=flags)  # fmt: skip
   abstract = step.abstract_state(m.shapes, places, tx, flags)
-  loss = lambda p, rows, key: losses.seq2seq(m.bind(p), rows, key, label_smoothing=0.1, z_loss=1e-4)
+  loss = lambda p, rows, key: losses.seq2seq(m.bind(p), rows, key, losses.Options(0.1, 1e-4))
   fn = step.make_train_step(loss, tx, rate, 1, trainable=flags, pins=step.shardings_of(abstract.params))
   rows = {k: jax.ShapeDtypeStruct((batch, n), jnp.int32) for k, n in ROWS.items()}
   rows["weights"] = jax.ShapeDtypeStruct((batch, ROWS["targets"]), jnp.float32)

@@ -4,17 +4,8 @@ The result does not depend on the number of processes. Memory holds a few chunks
 77 bytes a row (measured) where duplicates are looked for.
 """
 
-import collections
-import concurrent.futures
-import contextlib
 import dataclasses
-import itertools
-import os
 import pathlib
-import pickle
-import queue
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,16 +13,20 @@ from typing import Any
 import numpy as np
 
 from jaxft.data import clean as cleaning
-from jaxft.data import sources
+from jaxft.data import crew, sources
 from jaxft.data.clean import Options
+from jaxft.data.fields import Example, Ragged
 from jaxft.data.files import Meter, compact, like_a_sentence, place
+from jaxft.data.labels import Labels, scheme_of
 from jaxft.data.progress import Progress
-from jaxft.data.tasks import SIDES, Resolver, Task
-from jaxft.errors import InputError, StorageError
+from jaxft.data.tasks import Resolver, Task
+from jaxft.data.writer import Writer, relabel
+from jaxft.errors import InputError
 
 CHUNK_ROWS, CHUNK_CHARS = 1024, 4_000_000
 SMALL = 5_000  # rows below which starting processes (about 1 s) costs more than it saves
 ROWS_SHOWN = 10  # rows named for each reason of a drop
+OPTIONAL = ("types", "places")  # fields that are left out where they hold nothing but zeros
 
 
 @dataclasses.dataclass
@@ -47,32 +42,32 @@ class Chunk:
 
 @dataclasses.dataclass
 class Encoded:
-  """What a chunk became: per side the concatenated ids and texts with their lengths; per example line, repeat and
-  digest.
-  """
+  """What a chunk became. Names of `ragged` and `fixed` are those of files; `aligned` goes by (field, side)."""
 
   origin: tuple[str, str]
   read: int
-  tokens: dict[str, np.ndarray]
-  lengths: dict[str, np.ndarray]  # i32, tokens
-  texts: dict[str, np.ndarray]  # u8, UTF-8
-  text_lengths: dict[str, np.ndarray]  # i32, bytes
-  lines: np.ndarray  # i64
-  repeats: np.ndarray  # i32
-  digests: list[bytes]
+  lines: np.ndarray  # i64[rows kept]
+  row: np.ndarray  # i64[examples], index of its row, ascending
+  ragged: dict[str, Ragged]  # tokens of each side, texts, fields of any length
+  aligned: dict[tuple[str, str], np.ndarray]
+  fixed: dict[str, np.ndarray]  # one entry an example
+  digests: list[bytes]  # a row
   drops: list[tuple[str, int]]  # (reason, line)
   nulls: int
+  table: list[tuple[Any, int]]  # labels, each with the line that showed it first
+  counts: dict[str, int]
 
   def keep(self, mask: np.ndarray, reason: str) -> None:
-    """Drops the examples where `mask` is False, for `reason`."""
+    """Drops the rows where `mask` is False, for `reason`."""
     if mask.all():
       return
     self.drops += [(reason, int(n)) for n in self.lines[~mask]]
-    for name in self.tokens:
-      self.tokens[name] = self.tokens[name][np.repeat(mask, self.lengths[name])]
-      self.texts[name] = self.texts[name][np.repeat(mask, self.text_lengths[name])]
-      self.lengths[name], self.text_lengths[name] = self.lengths[name][mask], self.text_lengths[name][mask]
-    self.lines, self.repeats = self.lines[mask], self.repeats[mask]
+    own = mask[self.row]
+    for (name, side), values in self.aligned.items():
+      self.aligned[name, side] = values[np.repeat(own, self.ragged[side].lengths)]
+    self.ragged = {name: r.keep(own) for name, r in self.ragged.items()}
+    self.fixed = {name: x[own] for name, x in self.fixed.items()}
+    self.lines, self.row = self.lines[mask], (np.cumsum(mask) - 1)[self.row[own]]
     self.digests = [d for d, m in zip(self.digests, mask) if m]
 
 
@@ -81,44 +76,62 @@ class Job:
   """What the worker processes are given once."""
 
   encoder: Any  # of encoders.py
+  bos: int | None
   eos: int | None
   options: Options
   dtype: str
+  task: Task
+  template: Any  # of chats, or None
 
   def __call__(self, chunk: Chunk) -> Encoded:
-    texts, blobs, kept, drops, nulls = {s: [] for s in SIDES}, {s: [] for s in SIDES}, [], [], 0
+    examples, kept, drops, nulls = [], [], [], 0
     for i, (task, row, line) in enumerate(zip(chunk.tasks, chunk.rows, chunk.lines)):
-      example = task.render(row, self.options.text, place(chunk.origin, line))
-      nulls += example.nulls
-      reason = self.options.reason(example.input_chars, example.target_chars)
-      try:
-        pair = [(s, text, text.encode()) for s, text in zip(SIDES, (example.input, example.target))]
-      except UnicodeEncodeError:  # JSON may spell half a character ("\ud83d"), which no tokenizer takes
-        reason = reason or cleaning.SURROGATE
+      own = [t.render(row, self.options.text, place(chunk.origin, line), self.template) for t in task.variants]
+      nulls += sum(e.nulls for e in own)
+      reason = next(filter(None, map(self._reason, own)), "")
       if reason:
         drops.append((reason, line))
-        continue
-      kept.append(i)
-      for side, text, blob in pair:
-        texts[side].append(text)
-        blobs[side].append(blob)
-    ids = {s: self.encoder.encode(texts[s]) for s in SIDES}
-    lengths = {s: np.array([len(x) for x in ids[s]], np.int32) for s in SIDES}
-    tokens = {s: np.fromiter(itertools.chain.from_iterable(ids[s]), self.dtype, int(lengths[s].sum())) for s in SIDES}
+      else:
+        kept.append(i)
+        examples += own
+    return self._encoded(chunk, examples, kept, drops, nulls)
+
+  def _reason(self, e: Example) -> str:
+    try:
+      (e.input + e.target).encode()
+    except UnicodeEncodeError:  # JSON may spell half a character ("\ud83d"), which no tokenizer takes
+      return e.drop or self.options.reason(e.input_chars, e.target_chars) or cleaning.SURROGATE
+    return e.drop or self.options.reason(e.input_chars, e.target_chars)
+
+  def _encoded(self, chunk: Chunk, examples: list[Example], kept: list[int], drops: list, nulls: int) -> Encoded:
+    variants, objective = len(self.task.variants), self.task.objective
+    made = objective.encode(examples, self)
+    of = np.arange(len(examples)) if made.rows is None else np.asarray(made.rows, np.int64)  # entry -> example
+    texts = made.texts or [examples[i][:2] for i in of]
+    ragged = {s: Ragged.of(x, self.dtype) for s, x in made.sides.items()}
+    for n, side in enumerate(("input", "target")):
+      ragged[f"{side}.text"] = Ragged.of([t[n].encode() for t in texts], np.uint8)
+    row = of // variants
+    fixed = dict(repeats=np.array([chunk.repeats[i] for i in kept], np.int32)[row])
+    for name, values in made.scalars.items():
+      if isinstance(values, np.ndarray):
+        fixed[name] = values
+      else:
+        ragged[name] = Ragged.of(values, "int32" if name == objective.labelled else objective.scalars[name])
+    aligned = {}
+    for name in objective.aligned.keys() & made.aligned.keys():
+      values, (side, dtype, *_) = made.aligned[name], objective.aligned[name]
+      aligned[name, side] = np.concatenate([np.asarray(v, dtype) for v in values]) if values else np.zeros(0, dtype)
+      if name == "weights":
+        fixed["supervised"] = np.array([np.count_nonzero(v) for v in values], np.int32)
+    lines = np.array([chunk.lines[i] for i in kept], np.int64)
+    table = [(label, int(lines[of[i] // variants])) for label, i in made.table]
+    digests = [cleaning.digest(e.input, e.target) for e in examples[::variants]] if self.options.dedup else []
     out = Encoded(
-      chunk.origin,
-      len(chunk.rows),
-      tokens,
-      lengths,
-      {s: np.frombuffer(b"".join(blobs[s]), np.uint8) for s in SIDES},
-      {s: np.array([len(b) for b in blobs[s]], np.int32) for s in SIDES},
-      np.array([chunk.lines[i] for i in kept], np.int64),
-      np.array([chunk.repeats[i] for i in kept], np.int32),
-      [cleaning.digest(a, b) for a, b in zip(*texts.values())] if self.options.dedup else [],
-      drops,
-      nulls,
+      chunk.origin, len(chunk.rows), lines, row, ragged, aligned, fixed, digests, drops, nulls, table, dict(made.counts)
     )
-    out.keep((lengths["inputs"] > 0) & (lengths["targets"] > 0), "no tokens")
+    filled = np.all([ragged[s].lengths > 0 for s in objective.held], axis=0)
+    out.keep(np.bincount(row, filled, len(lines)) == np.maximum(np.bincount(row, minlength=len(lines)), 1), "no tokens")
     return out
 
 
@@ -141,50 +154,140 @@ def chunks(source, task: Task, limit: int, meter: Meter) -> Iterator[Chunk]:
     yield chunk
 
 
-def build(folder: pathlib.Path, source, task: Task, job: Job, *, limit: int, workers: int) -> dict:
-  """Writes the token files of `source` into the empty `folder`; returns what its meta.json is to hold."""
-  meter, began = Meter(sources.local_files(source)), time.monotonic()
+def build(folder: pathlib.Path, source, job: Job, *, labels: Labels, limit: int, workers: int) -> dict:
+  """Writes the files of `source` into the empty `folder`; returns what its meta.json is to hold."""
+  meter, began, objective = Meter(sources.local_files(source)), time.monotonic(), job.task.objective
   meta = dict(
-    read=0, kept=0, nulls=0, eos_last=0, largest=0, drops={}, origins=[], tasks=[], headers={},
-    described=sources.describe(source),
+    kind=job.task.kind, multi=job.task.multi, variants=len(job.task.variants), read=0, kept=0, stored=0, nulls=0,
+    eos_last=0, largest=0, drops={}, origins=[], tasks=[], headers={}, counts={}, described=sources.describe(source),
   )  # fmt: skip
   seen: set[bytes] = set()
   templates: dict[Task, str] = {}
-  workers = workers or _cores()
+  watch = Watch(objective)
 
   def noted(stream):
     for chunk in stream:
       for one in dict.fromkeys(chunk.tasks):
-        templates.setdefault(one, chunk.origin[0])
+        for variant in one.variants:
+          templates.setdefault(variant, chunk.origin[0])
       if chunk.origin[0] not in meta["headers"]:
         meta["headers"][chunk.origin[0]] = [c for c in chunk.rows[0] if like_a_sentence(c)]
       yield chunk
 
-  with Writer(folder, job.dtype) as writer, Progress(meter) as progress:
-    for encoded in _map(job, noted(chunks(source, task, limit, meter)), workers):
+  with Writer(folder) as writer, Progress(meter) as progress:
+    for encoded in crew.work(job, noted(chunks(source, job.task, limit, meter)), workers or crew.cores(), SMALL):
       if job.options.dedup:
         fresh = np.array([not (d in seen or seen.add(d)) for d in encoded.digests], bool)
         encoded.keep(fresh, cleaning.DUPLICATE)
-      _count(meta, encoded, job.eos)
-      writer.write(encoded, [o["name"] for o in meta["origins"]].index(encoded.origin[0]))
+      _number(encoded, objective.labelled, labels)
+      watch(encoded)
+      _count(meta, encoded, job)
+      writer.write(_files(encoded, meta))
       progress.update(meta["read"])
+  _refuse(meta, watch)
+  meta |= _finish(folder, writer, job, labels, watch)
+  counts = meta["counts"]
+  names = ("input", "target", "pair", "label")
+  read = ("input", *objective.options)
+  meta["tasks"] = [{n: getattr(t, n) for n in names if n in read} | dict(first=first) for t, first in templates.items()]
+  meta["headers"] = {name: cells for name, cells in meta["headers"].items() if cells}
+  meta["eos_share"] = counts["ends"] / counts["examples"] if "ends" in counts else meta["eos_last"] / meta["stored"]
+  meta["seconds"] = round(time.monotonic() - began, 2)
+  return meta
+
+
+def _number(e: Encoded, field: str, labels: Labels) -> None:
+  """Turns the numbers of a chunk's own table of labels into those of `labels`."""
+  if not field:
+    return
+  numbers = labels.merge([(label, place(e.origin, line)) for label, line in e.table])
+  for name in e.aligned:
+    if name[0] == field:
+      e.aligned[name] = numbers[e.aligned[name]]
+  if field in e.fixed:
+    e.fixed[field] = numbers[e.fixed[field]]
+  if field in e.ragged:
+    e.ragged[field] = e.ragged[field]._replace(values=numbers[e.ragged[field].values])
+
+
+class Watch:
+  """Looks for rows with which nothing can be learnt, and for lists of numbers whose lengths differ."""
+
+  def __init__(self, objective):
+    self.objective, self.width, self.first = objective, None, ""
+    self.blank: dict = dict(count=0, rows=[])  # rows without a token to learn
+
+  def __call__(self, e: Encoded) -> None:
+    where = lambda i: place(e.origin, int(e.lines[e.row[i]]))
+    if "supervised" in e.fixed:
+      nothing = np.flatnonzero(e.fixed["supervised"] == 0)
+      self.blank["count"] += len(nothing)
+      self.blank["rows"] += [where(i) for i in nothing[: ROWS_SHOWN - len(self.blank["rows"])]]
+    for name in self.objective.scalars:
+      if name in e.ragged and name != self.objective.labelled and len(e.row):
+        if self.width is None:
+          self.width, self.first = int(e.ragged[name].lengths[0]), where(0)
+        odd = np.flatnonzero(e.ragged[name].lengths != self.width)
+        if len(odd):
+          raise InputError(
+            f"{where(odd[0])}: {e.ragged[name].lengths[odd[0]]} numbers, but {self.width} in {self.first}; every row "
+            "needs as many."
+          )
+
+
+def _refuse(meta: dict, watch: Watch) -> None:
+  """Raises InputError where no row is left, or rows that nothing can be learnt from."""
   if not meta["kept"]:
     why = "; ".join(f"{r}: {d['count']:,} ({compact(d['rows'][:3])})" for r, d in meta["drops"].items())
     raise InputError(
       f"data: all {meta['read']:,} rows of {meta['described']} were dropped: {why}. Check data.clean and the "
       "templates of task."
     )
-  meta["tasks"] = [dict(input=t.input, target=t.target, first=first) for t, first in templates.items()]
-  meta["headers"] = {name: cells for name, cells in meta["headers"].items() if cells}
-  meta["seconds"] = round(time.monotonic() - began, 2)
-  return meta
+  if watch.blank["count"]:
+    what = watch.objective.blank
+    raise InputError(
+      f"data: {watch.blank['count']:,} of {meta['stored']:,} examples of {meta['described']} have no token to learn, "
+      f"since {what}: {compact(watch.blank['rows'])}{'; ...' if watch.blank['count'] > ROWS_SHOWN else ''}. Mend or "
+      "remove these rows."
+    )
 
 
-def _cores() -> int:
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+def _files(e: Encoded, meta: dict) -> dict[str, np.ndarray | Ragged]:
+  """Returns what is to be appended to each file."""
+  origin = [o["name"] for o in meta["origins"]].index(e.origin[0])
+  out = {name: r for name, r in e.ragged.items()} | e.fixed
+  out |= {name: values for (name, _), values in e.aligned.items()}
+  rows = meta["kept"] - len(e.lines) + e.row  # `kept` counts this chunk already
+  return out | dict(lines=e.lines[e.row], rows=rows, origins=np.full(len(e.row), origin, np.int32))
 
 
-def _count(meta: dict, e: Encoded, eos: int | None) -> None:
+def _finish(folder: pathlib.Path, writer: Writer, job: Job, labels: Labels, watch: Watch) -> dict:
+  """Puts the final numbers of labels into their file, removes what says nothing; returns fields of meta.json."""
+  objective, out = job.task.objective, dict(width=watch.width, labels=None, label_counts=None)
+  for name in OPTIONAL:
+    if writer.empty.get(name):
+      del writer.files[name]
+      (folder / name).unlink()
+  if watch.width is not None:  # all the same: the file of lengths says nothing
+    for name in objective.scalars:
+      del writer.files[f"{name}.lengths"]
+      (folder / f"{name}.lengths").unlink()
+  if objective.labelled:
+    names, order = labels.finish()
+    many = f"{objective.labelled}.values"
+    counts = relabel(folder / (many if many in writer.files else objective.labelled), order)
+    out |= dict(labels=list(names), label_counts=counts.tolist())
+    if len(names) < 2 and not job.task.multi:
+      raise InputError(
+        f"data: every label is {''.join(names) or 'missing'!r}; there is nothing to tell apart. Is task.label the "
+        "right column, and are the rows sorted by label while data.limit cuts them?"
+      )
+    out["scheme"] = scheme_of(names, job.task.scheme) if "scheme" in objective.options else ""
+  out["fields"] = sorted(writer.files)
+  return out
+
+
+def _count(meta: dict, e: Encoded, job: Job) -> None:
   if not meta["origins"] or meta["origins"][-1]["name"] != e.origin[0]:
     found = [o for o in meta["origins"] if o["name"] == e.origin[0]]
     meta["origins"] += [] if found else [dict(name=e.origin[0], unit=e.origin[1], read=0, kept=0, examples=0)]
@@ -192,167 +295,19 @@ def _count(meta: dict, e: Encoded, eos: int | None) -> None:
   for counts in (meta, origin):
     counts["read"] += e.read
     counts["kept"] += len(e.lines)
-  origin["examples"] += int(e.repeats.sum())
+  origin["examples"] += int(e.fixed["repeats"].sum()) // meta["variants"]
+  meta["stored"] += len(e.row)
   meta["nulls"] += e.nulls
+  meta["counts"] |= {k: meta["counts"].get(k, 0) + v for k, v in e.counts.items()}
   for reason, line in e.drops:
     drop = meta["drops"].setdefault(reason, dict(count=0, rows=[]))
     drop["count"] += 1
     if len(drop["rows"]) < ROWS_SHOWN:
       drop["rows"].append(place(e.origin, line))
-  if len(e.lines):
-    ends = np.cumsum(e.lengths["targets"]) - 1
-    meta["eos_last"] += int((e.tokens["targets"][ends] == eos).sum()) if eos is not None else 0
-    meta["largest"] = max(meta["largest"], *(int(t.max()) for t in e.tokens.values()))
-
-
-# ---- processes
-
-SERVE = "from jaxft.data import build; build.serve()"
-
-
-def serve() -> None:
-  """Answers chunks on standard input with encoded chunks on standard output, both pickled; the life of a worker
-  process.
-  """
-  answers, sys.stdout = sys.stdout.buffer, sys.stderr
-  job = pickle.load(sys.stdin.buffer)
-  while True:
-    try:
-      chunk = pickle.load(sys.stdin.buffer)
-    except (EOFError, KeyboardInterrupt):
-      return
-    try:
-      result = job(chunk)
-    except KeyboardInterrupt:
-      return  # the program that called says what there is to say
-    except Exception as e:
-      result = e
-    pickle.dump(result, answers, pickle.HIGHEST_PROTOCOL)
-    answers.flush()
-
-
-class Worker:
-  """A process of its own interpreter: it imports neither JAX nor the program that called (multiprocessing's spawn
-  does both).
-  """
-
-  def __init__(self, job: Job):
-    env = dict(
-      os.environ, TOKENIZERS_PARALLELISM="false", PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path)
-    )
-    self.process = subprocess.Popen(
-      [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
-    )
-    self._send(job)
-
-  def _send(self, value) -> None:
-    pickle.dump(value, self.process.stdin, pickle.HIGHEST_PROTOCOL)
-    self.process.stdin.flush()
-
-  def __call__(self, chunk: Chunk) -> Encoded:
-    try:
-      self._send(chunk)
-      result = pickle.load(self.process.stdout)
-    except (OSError, EOFError, pickle.UnpicklingError) as e:
-      raise StorageError(
-        f"a tokenising process ended with code {self.process.wait()} at {place(chunk.origin, chunk.lines[0])} and "
-        "after (out of memory?). "
-        "Set --config.data.workers=1 to tokenise in one process."
-      ) from e
-    if isinstance(result, Exception):
-      raise result
-    return result
-
-  def stop(self) -> None:
-    self.process.kill()
-    self.process.wait()
-    self.process.stdin.close()
-    self.process.stdout.close()
-
-
-def _map(job: Job, stream: Iterator[Chunk], workers: int) -> Iterator[Encoded]:
-  """Yields `job(chunk)` in order: in this process for small data, else in `workers` others."""
-  head, rows = [], 0
-  for chunk in stream:
-    head.append(chunk)
-    rows += len(chunk.rows)
-    if rows > SMALL:
-      break
-  stream = itertools.chain(head, stream)
-  if workers == 1 or rows <= SMALL:
-    yield from map(job, stream)
+  if not len(e.row):
     return
-  idle: queue.SimpleQueue = queue.SimpleQueue()
-  crew, window = [], collections.deque()
-  threads = concurrent.futures.ThreadPoolExecutor(workers)
-
-  def run(chunk):
-    worker = idle.get()
-    try:
-      return worker(chunk)
-    finally:
-      idle.put(worker)
-
-  try:
-    for _ in range(workers):
-      crew.append(Worker(job))
-      idle.put(crew[-1])
-    for chunk in stream:
-      window.append(threads.submit(run, chunk))
-      if len(window) > 2 * workers:
-        yield window.popleft().result()
-    while window:
-      yield window.popleft().result()
-  finally:
-    for worker in crew:
-      worker.stop()
-    threads.shutdown(wait=True, cancel_futures=True)
-
-
-# ---- files
-
-
-@contextlib.contextmanager
-def storage(folder):
-  """Turns the OSErrors of writing into `folder` into a StorageError that says what to do."""
-  try:
-    yield
-  except OSError as e:
-    raise StorageError(
-      f"the token cache {folder} cannot be written: {e.strerror or e}. Free some space or point data.cache (or "
-      "$JAXFT_CACHE) to a "
-      "folder that is writable and has room; nothing else was touched."
-    ) from e
-
-
-class Writer:
-  """Appends encoded chunks to flat files; their sizes are checked when the cache is opened."""
-
-  def __init__(self, folder: pathlib.Path, dtype: str):
-    self.folder, self.dtype, self.files = folder, dtype, {}
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, *_):
-    with storage(self.folder):
-      for f in self.files.values():
-        if kind is None:
-          f.flush()
-          os.fsync(f.fileno())
-        f.close()
-
-  def write(self, e: Encoded, origin: int) -> None:
-    arrays = dict(lines=e.lines, repeats=e.repeats, origins=np.full(len(e.lines), origin, np.int32))
-    for s in SIDES:
-      arrays |= {
-        f"{s}.tokens": e.tokens[s],
-        f"{s}.lengths": e.lengths[s],
-        f"{s}.text": e.texts[s],
-        f"{s}.text_lengths": e.text_lengths[s],
-      }
-    with storage(self.folder):
-      for name, array in arrays.items():
-        if name not in self.files:
-          self.files[name] = open(self.folder / name, "wb", buffering=1 << 20)
-        self.files[name].write(array.data if array.size else b"")
+  objective = job.task.objective
+  if objective.ends and job.eos is not None:
+    side = e.ragged[objective.ends]
+    meta["eos_last"] += int((side.values[np.cumsum(side.lengths) - 1] == job.eos).sum())
+  meta["largest"] = max(meta["largest"], *(int(e.ragged[s].values.max()) for s in objective.held))

@@ -1,4 +1,4 @@
-"""Built-in data, generated: what CLDR and num2words say in English and in other languages.
+"""Built-in data, generated: what CLDR and num2words say in English and in other languages, and the sets of samples.py.
 
 `cldr-en-fr` is English to French. `cldr-pretrain` is for starter weights: English to German, Spanish, Italian and
 Dutch behind a prefix ("German: ..."), and span corruption (Raffel et al. 2020, section 3.1.4) of single sentences,
@@ -10,16 +10,18 @@ recur: what is held out is their combination.
 
 import hashlib
 import itertools
+import json
 import random
 from collections.abc import Iterator
 
-from jaxft.data import phrases, sentences
+from jaxft.data import phrases, samples, sentences
 from jaxft.errors import InputError, did_you_mean
 
-FILES = (__file__, phrases.__file__, sentences.__file__)  # all that the rows depend on, besides babel and num2words
+FILES = (__file__, phrases.__file__, samples.__file__, sentences.__file__)  # and babel, num2words
 SIZES = {
   "cldr-en-fr": dict(train=20_000, validation=500, test=500),
   "cldr-pretrain": dict(train=150_000, validation=500, test=500),
+  **dict.fromkeys(samples.ROWS, samples.SIZES),
 }
 SHARES = dict(validation=range(0, 10), test=range(10, 20), train=range(20, 100))  # of the hash modulo 100
 PAIRS = ("de", "es", "it", "nl")
@@ -27,7 +29,8 @@ ALONE = ("fr", "fr", "fr", "en", "de", "es", "it", "nl")  # of span corruption
 
 
 def read(name: str, split: str = "train") -> Iterator[dict]:
-  """Yields the rows {"input", "target", "kind"} of one split, always the same; raises InputError on an unknown name.
+  """Yields the rows of one split, always the same ({"input", "target", "kind"} of cldr-*); raises InputError on an
+  unknown name.
 
   Row i follows from (name, split, i) alone. A row of cldr-en-fr takes about 0.2 ms, with those of the other splits that
   are drawn on the way.
@@ -40,7 +43,10 @@ def read(name: str, split: str = "train") -> Iterator[dict]:
     raise InputError(
       f"builtin:{name}:{split}: the splits are {', '.join(SIZES[name])}{did_you_mean(split, SIZES[name])}."
     )
-  rows = _translations(name, split) if name == "cldr-en-fr" else _pretraining(name, split)
+  if name in samples.ROWS:
+    rows = _samples(name, split)
+  else:
+    rows = _translations(name, split) if name == "cldr-en-fr" else _pretraining(name, split)
   return itertools.islice(rows, SIZES[name][split])
 
 
@@ -48,6 +54,17 @@ def split_of(english: str) -> str:
   """Returns the split that an English sentence belongs to."""
   share = int.from_bytes(hashlib.blake2b(english.encode(), digest_size=4).digest(), "big") % 100
   return next(split for split, shares in SHARES.items() if share in shares)
+
+
+def _samples(name: str, split: str) -> Iterator[dict]:
+  """The two smaller splits have no row twice where there are enough; in that of training rows recur."""
+  seen, last = set(), 0
+  for i, row in enumerate(samples.rows(name)):
+    text = json.dumps(row, sort_keys=True)
+    if split_of(text) == split and (split == "train" or text not in seen or i - last > 2000):
+      seen.add(text)
+      last = i
+      yield row
 
 
 def _translations(name: str, split: str) -> Iterator[dict]:

@@ -1,4 +1,5 @@
-"""The formats of local files: JSON lines and lists, CSV, TSV, Parquet, plain and parallel text, each also gzipped.
+"""The formats of local files: JSON lines and lists, CSV, TSV, Parquet, CoNLL, plain and parallel text, each also
+gzipped.
 
 Every reader yields `Row`s that know their file and line; what cannot be read is an InputError with that place.
 """
@@ -262,6 +263,39 @@ def _read_parquet(path: str, meter) -> Iterator[Row]:
     raise InputError(f"{path}: not a readable parquet file: {e}. Copy or download the file again.") from None
 
 
+def _read_conll(path: str, meter) -> Iterator[Row]:
+  """Reads a word a line, its tag in the last column (tabs, or spaces where the file has none), a blank line after each
+  sentence.
+
+  Rows have `tokens`, `tags`, and `column_2` and so on for what stands between. Lines of -DOCSTART- are left out.
+  """
+  words, begin, gap = [], 0, None
+  for number, line in enumerate(itertools.chain(_lines(path, meter), [""]), 1):
+    if not line.strip():
+      if words:
+        yield _sentence(words, (path, "line"), begin)
+      words = []
+      continue
+    gap = gap or ("\t" if "\t" in line else " ")
+    columns = line.split("\t") if gap == "\t" else line.split()
+    if columns[0] == "-DOCSTART-":
+      continue
+    expected = len(words[0]) if words else max(2, len(columns))
+    if len(columns) != expected:
+      raise InputError(
+        f"{path}, line {number}: {len(columns)} columns ({line[:60]!r}), where {expected} "
+        f"{'belong to this sentence' if words else 'are the least'}: the word first, its tag last, with "
+        f"{'tabs' if gap == chr(9) else 'spaces'} between. A blank line ends a sentence."
+      )
+    begin = begin if words else number
+    words.append(columns)
+
+
+def _sentence(words: list[list[str]], origin: tuple[str, str], line: int) -> Row:
+  tokens, *between, tags = map(list, zip(*words))
+  return Row({"tokens": tokens, "tags": tags, **{f"column_{n}": x for n, x in enumerate(between, 2)}}, origin, line)
+
+
 READERS = dict(
   jsonl=_read_json,
   ndjson=_read_json,
@@ -270,6 +304,9 @@ READERS = dict(
   tsv=_read_tsv,
   parquet=_read_parquet,
   txt=_read_txt,
+  conll=_read_conll,
+  iob=_read_conll,
+  bio=_read_conll,
 )
 
 

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxft.data import packing
-from jaxft.data.tasks import SIDES
-from jaxft.errors import InputError
+from jaxft.data.fields import Dynamic
+from jaxft.errors import InputError, did_you_mean
 
 PLANS_KEPT = 2
+BALANCES = ("none", "sampling")
+SLACK, MOST_SEGMENTS = 1.5, 64  # examples a row over the mean number, where a batch has something for each of them
 THREADS, AHEAD = 2, 4  # batches made at a time, batches made ahead of the step
 
 
@@ -32,8 +34,11 @@ class Plan:
 
 
 class Batches:
-  """The batches of a `cache.Store`. `lengths` are the tokens a row, `buckets` shares of them that a batch without
-  packing may be cut to.
+  """The batches of a `store.Store`.
+
+  `lengths` are the tokens a row, `buckets` shares of them that a batch without packing may be cut to, `balance` one of
+  BALANCES (sampling: an epoch has as many examples of each class), `dynamic` what is done to each batch. Batches have
+  `shapes`, (lengths of the sides) of each bucket, and room for the labels of `segments` examples a row.
   """
 
   def __init__(
@@ -46,21 +51,19 @@ class Batches:
     pack: bool,
     buckets: tuple[float, ...],
     shuffle: bool,
+    balance: str = "none",
+    dynamic: Dynamic = Dynamic(),  # noqa: B008
   ):
-    if batch < 1:
-      raise InputError(f"config: batch is {batch}; it is the number of rows of a step, at least 1.")
-    if any(not 0 < b <= 1 for b in buckets):
-      raise InputError(
-        f"config: data.buckets is {tuple(buckets)}; its entries are shares of data.lengths, above 0 and at most 1."
-      )
-    if pack and buckets:
-      raise InputError(
-        "config: data.buckets is for data.pack=False; packed rows are full as they are. Set one of the two."
-      )
-    if any(store.lengths[s].max() > lengths[s] for s in SIDES):
-      raise ValueError(f"the store was opened for {store.caps}, rows are {lengths}")
+    _check(store, batch, pack, buckets, balance)
     self.store, self.seed, self.batch, self.pack, self.shuffle = store, seed, batch, pack, shuffle
-    self.shapes = sorted({tuple(_shape(lengths[s], b) for s in SIDES) for b in (*buckets, 1.0)})
+    self.sides, self.balance, self.dynamic = store.objective.sides, balance, dynamic
+    self.lengths = dynamic.lengths_of(store.lengths["inputs"]) if dynamic.lengths_of else store.lengths
+    if any(self.lengths[s].max() > lengths[s] for s in self.sides):
+      raise ValueError(f"the store was opened for {store.caps}, rows are {lengths}")
+    self.shapes = sorted({tuple(_shape(lengths[s], b) for s in self.sides) for b in (*buckets, 1.0)})
+    self.segments = _segments(self.shapes[-1][0], self.lengths[self.sides[0]]) if pack else 1
+    varied = store.variants > 1 or balance != "none"
+    self._changing = (pack and shuffle) or (varied and (pack or len(self.shapes) > 1))  # steps differ by epoch
     self._plans: dict[int, Plan] = {}
     self._counts: dict[int, int] = {}
     self._lock = threading.Lock()
@@ -75,7 +78,7 @@ class Batches:
 
   def locate(self, step: int) -> tuple[int, int]:
     """Returns (epoch, step within it)."""
-    if not self.pack:
+    if not self._changing:
       return divmod(step, self._count(0))
     epoch = 0
     while step >= self._count(epoch):
@@ -90,8 +93,8 @@ class Batches:
     return int(self.plan(epoch).bucket[at])
 
   def _count(self, epoch: int) -> int:
-    """Returns the steps of an epoch: without packing always the same; packed rows differ by a few with the order."""
-    epoch = epoch if self.pack and self.shuffle else 0
+    """Returns the steps of an epoch; packed rows differ by a few with the order, buckets with what is drawn."""
+    epoch = epoch if self._changing else 0
     if epoch not in self._counts:
       self._counts[epoch] = len(self.plan(epoch).rows)
     return self._counts[epoch]
@@ -108,20 +111,30 @@ class Batches:
   def _make_plan(self, epoch: int) -> Plan:
     # Without shuffling the generator is there all the same, and not used.
     rng = np.random.Generator(np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64)))
-    order = rng.permutation(len(self.store)) if self.shuffle else np.arange(len(self.store))
+    order = self._drawn(rng)
+    order = order[rng.permutation(len(order))] if self.shuffle else order
     if not self.pack:
       return self._bucket_plan(order, rng)
-    packed = packing.plan(self.store.lengths, order, dict(zip(SIDES, self.shapes[-1])))
+    most = self.segments if self.store.objective.scalars else 0
+    packed = packing.plan(self.lengths, order, dict(zip(self.sides, self.shapes[-1])), most)
     # rows that were closed late are less full
     numbers = rng.permutation(len(packed)) if self.shuffle else np.arange(len(packed))
     rows = _batched(numbers, self.batch)
     return Plan(packed, rows, np.full(len(rows), len(self.shapes) - 1))
 
+  def _drawn(self, rng: np.random.Generator) -> np.ndarray:
+    """Returns the example ids of an epoch, i64[N]: of each row one of its variants, of each class as many."""
+    variants = self.store.variants
+    slots = np.arange(len(self.store) // variants)
+    if self.balance == "sampling":
+      slots = _balanced(self.store.scalar("labels", slots * variants), rng)
+    return slots * variants + rng.integers(variants, size=len(slots)) if variants > 1 else slots
+
   def _bucket_plan(self, order: np.ndarray, rng: np.random.Generator) -> Plan:
     """Batches of one shape each, then the order of the batches; full and part-filled ones alike."""
-    lengths = np.stack([self.store.lengths[s][order] for s in SIDES], 1)
+    lengths = np.stack([self.lengths[s][order] for s in self.sides], 1)
     fits = np.stack([(lengths <= np.array(shape)).all(axis=1) for shape in self.shapes], 1)
-    bucket = fits.argmax(axis=1)  # the smallest that holds both sides
+    bucket = fits.argmax(axis=1)  # the smallest that holds all sides
     rows, buckets = [], []
     for b in range(len(self.shapes)):
       rows.append(_batched(np.flatnonzero(bucket == b), self.batch))
@@ -142,9 +155,29 @@ class Batches:
     """Returns the example ids of the global batch, row by row."""
     return [i for row in self.row_examples(step) for i in row]
 
+  def segment_ids(self, step: int) -> np.ndarray:
+    """Returns i64[B, segments], the example of each segment of the global batch (entry m: segment m + 1); -1: none."""
+    rows = self.row_examples(step)
+    out = np.full((len(rows), max([self.segments, *map(len, rows)])), -1, np.int64)
+    for row, ids in zip(out, rows):
+      row[: len(ids)] = ids
+    return out
+
+  def spec(self, bucket: int = -1) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Returns the (shape, dtype) of everything in the global batches of a bucket."""
+    lengths = dict(zip(self.sides, self.shapes[bucket]))
+    whole = {*self.store.objective.scalars, "label_weights"}
+    side = lambda name: "inputs" if name.startswith("input") or "targets" not in self.sides else "targets"
+    return {
+      k: (x.shape if k in whole else (x.shape[0], lengths[side(k)]), x.dtype)
+      for k, x in self.host_batch(0, 0, 1).items()
+    }
+
   def host_batch(self, step: int, host: int, hosts: int) -> dict[str, np.ndarray]:
-    """Returns rows [B host / hosts, B (host + 1) / hosts) of the global batch: inputs, targets and their segments
-    i32, weights f32.
+    """Returns rows [B host / hosts, B (host + 1) / hosts) of the global batch.
+
+    Always `inputs`, `input_segments` i32[B, T] (and of targets, where they are a side); by the objective `weights` f32,
+    fields beside the tokens, `labels` [B, M] or [B, M, C] with `label_weights` f32[B, M] for M = `segments`.
     """
     if self.batch % hosts:
       low = self.batch // hosts * hosts
@@ -158,28 +191,55 @@ class Batches:
     rows = plan.rows[at, host * share : (host + 1) * share]
     full = np.flatnonzero(rows >= 0)
     mine = plan.packed.take(rows[full])
-    row_of = np.repeat(full, np.diff(mine.starts))
-    out = {}
-    for name, single, length in zip(SIDES, ("input", "target"), self.shapes[plan.bucket[at]]):
-      out[name], out[f"{single}_segments"] = self._fill(name, mine, row_of, (share, length))
-    out["weights"] = (out["target_segments"] > 0).astype(np.float32)
-    return out
+    first = np.repeat(mine.starts[:-1], np.diff(mine.starts))  # of each example's row: the index of its first example
+    where = _Where(np.repeat(full, np.diff(mine.starts)), first, np.arange(len(mine.ids)) - first)
+    lengths = dict(zip(self.sides, self.shapes[plan.bucket[at]]))
+    out, spots = self._tokens(mine.ids, where, share, lengths, epoch)
+    out |= self._scalars(mine.ids, where, share)
+    if self.dynamic.batch is None:
+      return out
+    at, own = spots["inputs"]
+    shape = (share, lengths["inputs"])
+    ids = _scatter(np.repeat(mine.ids, own), at, shape, -1, np.int64)
+    return self.dynamic.batch(out, ids, _scatter(_within(own), at, shape, 0, np.int64), self.seed, epoch)
 
-  def _fill(
-    self, name: str, mine: packing.Rows, row_of: np.ndarray, shape: tuple[int, int]
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens, segments), i32[rows, length] each: the examples of a row one after the other from its left."""
-    tokens = np.full(shape, self.store.pad or 0, np.int32)
-    segments = np.zeros(shape, np.int32)
-    lengths = self.store.lengths[name][mine.ids].astype(np.int64)
-    ends = np.cumsum(lengths)
-    first = np.repeat(mine.starts[:-1], np.diff(mine.starts))  # of each example's row: the index of the first example
-    before = np.concatenate([np.zeros(1, np.int64), ends])
-    offset = row_of * shape[1] + (ends - lengths) - before[first]
-    at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(offset - (ends - lengths), lengths)
-    tokens.reshape(-1)[at] = self.store.gather(name, mine.ids)
-    segments.reshape(-1)[at] = np.repeat(np.arange(len(lengths)) - first + 1, lengths)
-    return tokens, segments
+  def _tokens(self, ids: np.ndarray, where: "_Where", rows: int, lengths: dict[str, int], epoch: int) -> tuple:
+    """Returns (fields with a value a token, side -> (places i64 in its flat array, lengths of the examples))."""
+    store, out, spots = self.store, {}, {}
+    index = {s: store.index(s, ids) for s in store.sides}
+    made = {s: (store.values(s, index[s]), store.lengths[s][ids]) for s in store.sides}
+    if self.dynamic.corrupt:
+      made = self.dynamic.corrupt(*made["inputs"], ids, self.seed, epoch)
+    for side in self.sides:
+      tokens, own = made[side][0], made[side][1].astype(np.int64)
+      shape = (rows, lengths[side])
+      at = where.places(own, shape[1])
+      spots[side] = at, own
+      out[side] = _scatter(tokens, at, shape, store.pad or 0, np.int32)
+      out[f"{side[:-1]}_segments"] = _scatter(np.repeat(where.number + 1, own), at, shape, 0, np.int32)
+    for name, field in store.aligned.items():
+      shape = (rows, lengths[field.side])
+      out[field.name] = _scatter(store.values(name, index[field.side]), spots[field.side][0], shape, 0, field.batch)
+    if store.objective.weighted and "weights" not in out:
+      if "targets" in self.sides:
+        out["weights"] = (out["target_segments"] > 0).astype(np.float32)
+      else:  # every token but those that are there as context
+        at, own = spots["inputs"]
+        weights = _within(own) >= np.repeat(store.context[ids], own)
+        out["weights"] = _scatter(weights, at, (rows, lengths["inputs"]), 0, np.float32)
+    return out, spots
+
+  def _scalars(self, ids: np.ndarray, where: "_Where", rows: int) -> dict[str, np.ndarray]:
+    """Returns the fields with a value an example, and which of their entries there are."""
+    out = {}
+    for name, dtype in self.store.objective.scalars.items():
+      values = self.store.scalar(name, ids)
+      out[name] = np.zeros((rows, self.segments, *values.shape[1:]), dtype)
+      out[name][where.row, where.number] = values
+    if out:
+      out["label_weights"] = np.zeros((rows, self.segments), np.float32)
+      out["label_weights"][where.row, where.number] = 1
+    return out
 
   def stream(self, start: int, stop: int, host: int, hosts: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields (step, host batch) for the steps [start, stop) in order, made ahead by tf.data; starts anywhere at the
@@ -188,7 +248,8 @@ class Batches:
     if start >= stop:
       return
     # also raises here, in the caller's thread, what is wrong with the config
-    keys = sorted(self.host_batch(start, host, hosts))
+    first = self.host_batch(start, host, hosts)
+    keys = sorted(first)
     tf = _tensorflow()
     failures: list[Exception] = []
     helper = concurrent.futures.ThreadPoolExecutor(1)
@@ -206,7 +267,7 @@ class Batches:
         failures.append(e)  # tf.data would turn it into an error of its own
         raise
 
-    types = [tf.float32 if k == "weights" else tf.int32 for k in keys]
+    types = [tf.as_dtype(first[k].dtype) for k in keys]
     steps = tf.data.Dataset.range(start, stop)
     data = steps.map(
       lambda s: (s, tuple(tf.numpy_function(make, [s], types, stateful=False))),
@@ -229,17 +290,87 @@ class Batches:
     """
     plan = self.plan(0)
     sizes = np.bincount(plan.bucket, minlength=len(self.shapes)) * self.batch
-    room = {s: int(sum(n * shape[i] for n, shape in zip(sizes, self.shapes))) for i, s in enumerate(SIDES)}
-    real = {s: int(self.store.lengths[s].sum()) for s in SIDES}
+    room = {s: int(sum(n * shape[i] for n, shape in zip(sizes, self.shapes))) for i, s in enumerate(self.sides)}
+    real = {s: int(self.lengths[s][plan.packed.ids].sum()) for s in self.sides}
     return dict(
       steps=len(plan.rows),
       batch=self.batch,
       rows=int((plan.rows >= 0).sum()),
       pack=self.pack,
       shapes=[list(x) for x in self.shapes],
-      examples_a_row=len(self.store) / int((plan.rows >= 0).sum()),
-      fill={s: real[s] / room[s] for s in SIDES},
+      examples_a_row=len(plan.packed.ids) / int((plan.rows >= 0).sum()),
+      fill={s: real[s] / room[s] for s in self.sides},
+      balance=self.balance,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where:
+  """Of each example of a batch: its row, the index of the first example of that row, its number within it."""
+
+  row: np.ndarray
+  first: np.ndarray
+  number: np.ndarray
+
+  def places(self, lengths: np.ndarray, width: int) -> np.ndarray:
+    """Returns where the values of the examples go in a flat [rows, width]: one after the other from the left."""
+    ends = np.cumsum(lengths)
+    before = np.concatenate([np.zeros(1, np.int64), ends])
+    offset = self.row * width - before[self.first]
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(offset, lengths)
+
+
+def _scatter(values: np.ndarray, at: np.ndarray, shape: tuple[int, int], empty: int, dtype) -> np.ndarray:
+  out = np.full(shape, empty, dtype)
+  out.reshape(-1)[at] = values
+  return out
+
+
+def _within(lengths: np.ndarray) -> np.ndarray:
+  """Returns 0, 1, .. n - 1 for each of the lengths n, one after the other."""
+  ends = np.cumsum(lengths)
+  return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+
+
+def _check(store, batch: int, pack: bool, buckets: tuple[float, ...], balance: str) -> None:
+  if batch < 1:
+    raise InputError(f"config: batch is {batch}; it is the number of rows of a step, at least 1.")
+  if any(not 0 < b <= 1 for b in buckets):
+    raise InputError(
+      f"config: data.buckets is {tuple(buckets)}; its entries are shares of data.lengths, above 0 and at most 1."
+    )
+  if pack and buckets:
+    raise InputError(
+      "config: data.buckets is for data.pack=False; packed rows are full as they are. Set one of the two."
+    )
+  if balance not in BALANCES:
+    raise InputError(
+      f"config: data.balance is {balance!r}; it is one of {', '.join(BALANCES)}{did_you_mean(balance, BALANCES)}."
+    )
+  if balance != "none" and not store.objective.balanced:
+    raise InputError(
+      f"config: data.balance={balance} needs a task.kind whose rows belong to one class each (classify without "
+      f"task.multi); this one is {store.kind}."
+    )
+
+
+def _segments(length: int, lengths: np.ndarray) -> int:
+  """Returns the most examples that a packed row may hold: a number of the store, the same for every epoch."""
+  most = math.ceil(SLACK * length / float(lengths.mean()))
+  return min(MOST_SEGMENTS, -(-most // 8) * 8)
+
+
+def _balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Returns as many indices as there are labels, ascending, the same number of each class (one more of some)."""
+  classes = np.unique(labels)
+  each, more = divmod(len(labels), len(classes))
+  lucky = rng.permutation(len(classes)) < more
+  out = []
+  for label, quota in zip(classes, each + lucky):
+    members = np.flatnonzero(labels == label)
+    whole, rest = divmod(int(quota), len(members))
+    out += [np.tile(members, whole), rng.permutation(members)[:rest]]
+  return np.sort(np.concatenate(out))
 
 
 def _shape(length: int, share: float) -> int:

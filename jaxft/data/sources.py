@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -135,6 +135,25 @@ def parse_name(source: str) -> tuple[str, str, str, str]:
     return kind, os.path.expanduser(name), "", split or "train"
   pieces = name.split("/")
   return kind, "/".join(pieces[:2]), "/".join(pieces[2:]), split or "train"
+
+
+def label_names(source, resolve: Callable[[dict], str]) -> tuple[str, ...]:
+  """Returns the names that a data set of the Hub or of TFDS has for the ids of a label, or () where it has none.
+
+  `resolve` tells of a row the column of its label. Of a mixture the names count if all parts have the same.
+  """
+  source = checked(source)
+  if is_mixture(source):
+    found = {label_names(s, resolve) for s, _ in parts(source)}
+    return found.pop() if len(found) == 1 else ()
+  if hasattr(source, "items") or source.split(":", 1)[0] not in ("hub", "tfds"):
+    return ()
+  column = resolve(next(read(source, 1)))
+  kind, name, config, split = parse_name(source)
+  of = _load_hub(source, name, config, split) if kind == "hub" else _tfds_builder(source, name).info
+  feature = of.features.get(column)
+  feature = getattr(feature, "feature", feature)  # that of a list
+  return tuple(getattr(feature, "names", None) or ())
 
 
 def _load_hub(source: str, name: str, config: str, split: str):

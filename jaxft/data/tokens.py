@@ -20,8 +20,8 @@ from jaxft.errors import InputError
 class Tokenizer:
   """Texts to ids with the special tokens that its transformers tokenizer adds (EOS for T5), and back without them.
 
-  `size` is the largest id + 1; `pad`, `eos`, `unk` are ids or None; `fingerprint` changes with anything that changes
-  ids. `encoder` does the encoding and pickles without transformers.
+  `size` is the largest id + 1; `pad`, `bos`, `eos`, `sep`, `unk` are ids or None; `fingerprint` changes with
+  anything that changes ids. `encoder` does the encoding and pickles without transformers.
   """
 
   def __init__(self, hf: Any, name: str):
@@ -29,7 +29,8 @@ class Tokenizer:
     self.encoder = _encoder(hf)
     vocab = hf.get_vocab()
     self.size = max(vocab.values()) + 1
-    self.pad, self.eos, self.unk = hf.pad_token_id, hf.eos_token_id, hf.unk_token_id
+    self.bos, self.eos, self.sep, self.pad = hf.bos_token_id, hf.eos_token_id, hf.sep_token_id, hf.pad_token_id
+    self.unk = None if hf.unk_token_id in (self.bos, self.eos) else hf.unk_token_id  # GPT-2 names its end of text so
     self.fingerprint = _fingerprint(self)
 
   def encode(self, texts: list[str]) -> list[list[int]]:
@@ -51,11 +52,14 @@ class Tokenizer:
 def _encoder(hf):
   if type(hf).__name__ == "ByT5Tokenizer":
     return encoders.Bytes(hf)
-  return encoders.Fast(hf.backend_tokenizer) if getattr(hf, "is_fast", False) else encoders.Slow(hf)
+  if not getattr(hf, "is_fast", False):
+    return encoders.Slow(hf)
+  return encoders.Fast(hf.backend_tokenizer, types="token_type_ids" in hf.model_input_names)
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
-  text = json.dumps([type(tokenizer.encoder).__name__, tokenizer.encoder.serialised(), tokenizer.pad, tokenizer.eos])
+  special = [tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.sep]
+  text = json.dumps([type(tokenizer.encoder).__name__, tokenizer.encoder.serialised(), *special])
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

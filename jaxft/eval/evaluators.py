@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxft import sharding
 from jaxft.errors import InputError, StorageError
-from jaxft.eval import metrics
+from jaxft.eval import metrics, scores
 from jaxft.infer.generate import Answer, Generator
 
 log = logging.getLogger("jaxft")
@@ -29,10 +29,10 @@ def whole_batch(batch: int, mesh: jax.sharding.Mesh, rules: Mapping[str, Any]) -
 
 
 class LossEvaluator:
-  """Cross-entropy of the targets: loss (nats a token), perplexity, accuracy, tokens."""
+  """Cross-entropy of the targets: loss (nats a token), perplexity, accuracy, tokens; see `scores.perplexities` for
+  those of words and bytes."""
 
   start = False  # whether the loop also runs it before the first step
-  gives = ("loss", "perplexity", "accuracy", "tokens")
 
   def __init__(
     self,
@@ -45,15 +45,18 @@ class LossEvaluator:
     mesh: jax.sharding.Mesh,
     rules: Mapping[str, Any],
     progress: Callable[[], Progress],
+    counts: Mapping[str, int] | None = None,
   ):
     """`batches` is one pass without shuffling, of `whole_batch` rows; loss_fn(model, batch, key) -> loss, weight, sums.
 
     The sums have "nll" (plain cross-entropy) and "correct", as those of train.losses. `progress` gives what is told how
-    far a run is.
+    far a run is. `counts` are the words and bytes, {"words": n, "bytes": n}, of the text whose tokens the loss predicts
+    (causal models): of what the batches hold, after truncation.
     """
     self.name, self.every = name, every
     self._skeleton, self._batches, self._loss_fn, self._mesh, self._rules = skeleton, batches, loss_fn, mesh, rules
-    self._progress = progress
+    self._progress, self._counts = progress, counts
+    self.gives = (*scores.perplexities(0.0, 1.0, counts), "accuracy", "tokens")
     self._rows = sharding.batch_sharding(mesh, rules)
     self._step = jax.jit(self._sums, out_shardings=sharding.replicated(mesh))
 
@@ -79,10 +82,8 @@ class LossEvaluator:
       raise InputError(
         f"eval/{self.name}: not one supervised token in {self._batches.steps(1)} batches; is the evaluation data empty?"
       )
-    loss = total["nll"] / total["weight"]
     return dict(
-      loss=loss,
-      perplexity=metrics.perplexity(loss),
+      scores.perplexities(total["nll"], total["weight"], self._counts),
       accuracy=total["correct"] / total["weight"],
       tokens=total["weight"],
     )

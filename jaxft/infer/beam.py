@@ -31,27 +31,31 @@ class State(NamedTuple):
   open_B: jax.Array  # bool: a running sequence may still beat an ended one
   stuck: jax.Array  # bool[]: no candidate of any row can go on
   cache: Any
+  before_BT: jax.Array  # i32, what stood before (see sampling.constrain); its last column is fed first
 
 
-def search(model, cache: Any, valid_B: jax.Array, o: Options) -> tuple[jax.Array, jax.Array]:
+def search(model, cache: Any, before_BT: jax.Array, valid_B: jax.Array, o: Options) -> tuple[jax.Array, jax.Array]:
   """Returns (i32 [B,K,L] tokens, best first, padded with `o.pad` after the end token; f32 [B,K] normalised scores).
 
-  `model` has step and reorder of the cache protocol; `valid_B` is False for rows that only fill the batch.
+  `model` has step and reorder of the cache protocol; `before_BT` is what stood before, see sampling.constrain;
+  `valid_B` is False for rows that only fill the batch.
   """
   powers_L = jnp.asarray(np.arange(1, o.length + 1, dtype=np.float64) ** o.length_penalty, jnp.float32)
   final = jax.lax.while_loop(
-    lambda s: _goes_on(s, valid_B, o), lambda s: _step(model, s, valid_B, powers_L, o), _initial(cache, valid_B, o)
+    lambda s: _goes_on(s, valid_B, o),
+    lambda s: _step(model, s, valid_B, powers_L, o),
+    _initial(cache, before_BT, valid_B, o),
   )
   return final.ended_BKL, final.ended_scores_BK
 
 
-def _initial(cache: Any, valid_B: jax.Array, o: Options) -> State:
+def _initial(cache: Any, before_BT: jax.Array, valid_B: jax.Array, o: Options) -> State:
   B, K, L = valid_B.shape[0], o.beams, o.length
   empty = jnp.full((B, K, L), o.pad, jnp.int32)
   first = jnp.where(jnp.arange(K) == 0, 0.0, BARRED)  # all beams are alike at the start: only the first may branch
   return State(
     n=jnp.int32(0),
-    last_BK=jnp.full((B, K), o.start, jnp.int32),
+    last_BK=jnp.broadcast_to(before_BT[:, -1:], (B, K)),
     tokens_BKL=empty,
     scores_BK=jnp.broadcast_to(first.astype(jnp.float32), (B, K)),
     ended_BKL=empty,
@@ -60,6 +64,7 @@ def _initial(cache: Any, valid_B: jax.Array, o: Options) -> State:
     open_B=valid_B,
     stuck=jnp.bool_(False),
     cache=cache,
+    before_BT=before_BT,
   )
 
 
@@ -72,7 +77,7 @@ def _goes_on(s: State, valid_B: jax.Array, o: Options) -> jax.Array:
 
 def _step(model, s: State, valid_B: jax.Array, powers_L: jax.Array, o: Options) -> State:
   logits_BKV, cache = model.step(s.last_BK, s.cache)
-  logp_BKV = sampling.constrain(jax.nn.log_softmax(logits_BKV, axis=-1), s.tokens_BKL, s.n, o)
+  logp_BKV = sampling.constrain(jax.nn.log_softmax(logits_BKV, axis=-1), s.tokens_BKL, s.n, s.before_BT, o)
   B, K, V = logp_BKV.shape
   C = max(2, 1 + len(o.eos)) * K
   total_BC, index_BC = jax.lax.top_k((logp_BKV + s.scores_BK[..., None]).reshape(B, K * V), C)
@@ -96,6 +101,7 @@ def _step(model, s: State, valid_B: jax.Array, powers_L: jax.Array, o: Options) 
     open_B=s.open_B & _may_improve(s.n + 1, scores_BK, ended_scores_BK, ended_BK, powers_L, o),
     stuck=jnp.all(ends_BC | ~valid_B[:, None]),
     cache=cache,
+    before_BT=s.before_BT,
   )
 
 

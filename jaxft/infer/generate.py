@@ -1,7 +1,7 @@
 """Greedy search, sampling and beam search on the cache protocol, and the engine that runs them over many rows.
 
-A model has `start(inputs_BT, segments_BT, beams, length) -> cache`, `step(tokens_BK, cache) -> (f32 logits [B,K,V],
-cache)` and `reorder(cache, parents_BK) -> cache`. Each (rows, input length) is compiled once: the whole generation is
+A model has `start(inputs_BT, segments_BT, beams, length) -> (cache, first tokens [B])`, `step(tokens_BK, cache) -> (f32
+logits [B,K,V], cache)` and `reorder(cache, parents_BK) -> cache`. Each (rows, input length) is compiled once: the whole generation is
 one program.
 
 Shapes: B rows, T input length, K sequences a row that run, R sequences a row that are returned, V vocabulary, L most
@@ -39,18 +39,30 @@ def generate(model, inputs_BT: jax.Array, segments_BT: jax.Array, keys_B2: jax.A
   eos_token_id` takes a pad id of 0 for "none"), this pads with `pad`.
   """
   valid_B = jnp.any(segments_BT > 0, axis=1)
-  cache = model.start(inputs_BT, segments_BT, beams=o.width, length=o.length)
+  cache, first_B = model.start(inputs_BT, segments_BT, beams=o.width, length=o.length)
+  if o.start is None:
+    before_BT = _to_the_right(inputs_BT, segments_BT)
+  else:  # an encoder-decoder; its generation_config.json may name another first token than its config.json
+    before_BT = jnp.full_like(first_B, o.start)[:, None]
   if o.beams > 1:
-    tokens_BKL, scores_BK = beam.search(model, cache, valid_B, o)
+    tokens_BKL, scores_BK = beam.search(model, cache, before_BT, valid_B, o)
     tokens_BRL, scores_BR = tokens_BKL[:, : o.samples], scores_BK[:, : o.samples]
   else:
-    tokens_BRL, scores_BR = _one_by_one(model, cache, valid_B, keys_B2, o)
+    tokens_BRL, scores_BR = _one_by_one(model, cache, before_BT, valid_B, keys_B2, o)
   ends_BRL = jnp.isin(tokens_BRL, np.asarray(o.eos, np.int32))
   ended_BR = jnp.any(ends_BRL, axis=-1)
   lengths_BR = jnp.where(ended_BR, jnp.argmax(ends_BRL, axis=-1) + 1, o.length).astype(jnp.int32)
   tokens_BRL = jnp.where(jnp.arange(o.length) < lengths_BR[..., None], tokens_BRL, o.pad)
   cut_BR = (lengths_BR == o.length) if o.forced_eos else ~ended_BR
   return Generated(tokens_BRL, scores_BR, lengths_BR, cut_BR)
+
+
+def _to_the_right(inputs_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+  """Returns the prompts aligned to the right, with -1 before them; the last column of an empty row is 0."""
+  T = inputs_BT.shape[1]
+  place_BT = jnp.arange(T) - (T - jnp.sum(segments_BT > 0, 1, keepdims=True))
+  out_BT = jnp.where(place_BT >= 0, jnp.take_along_axis(inputs_BT, jnp.maximum(place_BT, 0), 1), -1)
+  return out_BT.at[:, -1].set(jnp.maximum(out_BT[:, -1], 0))
 
 
 class _State(NamedTuple):
@@ -62,13 +74,13 @@ class _State(NamedTuple):
   cache: Any
 
 
-def _one_by_one(model, cache: Any, valid_B: jax.Array, keys_B2: jax.Array, o: Options) -> tuple[jax.Array, jax.Array]:
+def _one_by_one(model, cache: Any, before_BT, valid_B, keys_B2, o: Options) -> tuple[jax.Array, jax.Array]:
   B, K, L = valid_B.shape[0], o.width, o.length
   ends = np.asarray(o.eos, np.int32)
 
   def step(s: _State) -> _State:
     raw_BKV, cache = model.step(s.last_BK, s.cache)
-    logits_BKV = sampling.constrain(raw_BKV, s.tokens_BKL, s.n, o)
+    logits_BKV = sampling.constrain(raw_BKV, s.tokens_BKL, s.n, before_BT, o)
     if o.temperature > 0:
       token_BK = sampling.draw(sampling.warp(logits_BKV, o), keys_B2, s.n)
     else:
@@ -87,7 +99,7 @@ def _one_by_one(model, cache: Any, valid_B: jax.Array, keys_B2: jax.Array, o: Op
 
   first = _State(
     n=jnp.int32(0),
-    last_BK=jnp.full((B, K), o.start, jnp.int32),
+    last_BK=jnp.broadcast_to(before_BT[:, -1:], (B, K)),
     tokens_BKL=jnp.full((B, K, L), o.pad, jnp.int32),
     scores_BK=jnp.zeros((B, K), jnp.float32),
     done_BK=jnp.broadcast_to(~valid_B[:, None], (B, K)),

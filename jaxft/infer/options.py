@@ -80,7 +80,7 @@ class Options:
   length: int
   eos: tuple[int, ...]
   pad: int
-  start: int
+  start: int | None  # the decoder's first token; None: a decoder, which goes on from its prompt
   beams: int = 1
   samples: int = 1
   length_penalty: float = 1.0
@@ -164,7 +164,9 @@ def read(generation: Mapping[str, Any], config: Mapping[str, Any] | None, **give
     given["temperature"] > 0 if "temperature" in given else bool(c.get("do_sample")) and given.get("beams", 1) == 1
   )
   check(c, sampling)
-  # max_length and min_length of the file count the decoder's start token; the other two go before them.
+  # max_length and min_length of the file count the decoder's start token, or the whole prompt of a decoder, with which
+  # they say nothing of the answer; the other two go before them.
+  c = c if generation["decoder_start"] is not None else _without_totals(c)
   theirs = dict(
     length=c.get("max_new_tokens", c["max_length"] - 1 if "max_length" in c else None),
     min_length=max(c.get("min_new_tokens", c.get("min_length", 0) - 1), 0),
@@ -185,7 +187,7 @@ def read(generation: Mapping[str, Any], config: Mapping[str, Any] | None, **give
     no_repeat_ngram=c.get("no_repeat_ngram_size"),
     repetition_penalty=c.get("repetition_penalty"),
   )
-  both = {k: v for k, v in theirs.items() if v is not None} | given
+  both = {k: v for k, v in theirs.items() if v is not None or k == "start"} | given
   if "length" not in both:
     raise InputError(
       "generation: the model's generation_config.json gives no length; set max_new_tokens to the most new "
@@ -216,6 +218,14 @@ def check(config: Mapping[str, Any], sampling: bool) -> None:
   unknown = sorted(k for k in config if k not in READ | HARMLESS | REFUSED.keys() | REFUSED_IN_SAMPLING.keys())
   if unknown:
     log.warning("%s: %s not known here and not used", FILE, ", ".join(unknown))
+
+
+def _without_totals(c: dict) -> dict:
+  """Returns the fields without those that count a decoder's prompt too."""
+  said = [k for k in ("max_length", "min_length") if c.get(k)]
+  if said:
+    log.info("%s: %s counts the prompt too and is not used; the limit of new tokens holds.", FILE, ", ".join(said))
+  return {k: v for k, v in c.items() if k not in said}
 
 
 def _ids(value: Any) -> tuple[int, ...]:

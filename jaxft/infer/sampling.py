@@ -13,19 +13,23 @@ import numpy as np
 from jaxft.infer.options import Options
 
 
-def constrain(scores_BKV: jax.Array, tokens_BKL: jax.Array, n: jax.Array, o: Options) -> jax.Array:
+def constrain(
+  scores_BKV: jax.Array, tokens_BKL: jax.Array, n: jax.Array, before_BT: jax.Array, o: Options
+) -> jax.Array:
   """Returns f32 scores with barred tokens at -inf; the order is that of transformers' logits processors.
 
-  `tokens_BKL` holds what was generated before position `n`. Scores may be logits or log-probabilities, as there: the
+  `tokens_BKL` holds what was generated before position `n`, `before_BT` what stood before that (a decoder's prompt, or
+  the first token of an encoder-decoder), aligned to the right and filled with -1. Scores may be logits or log-probabilities, as there: the
   repetition penalty (Keskar et al. 2019, section 4.1) depends on which.
   """
   V = scores_BKV.shape[-1]
   if o.repetition_penalty != 1.0:
-    seen_BKV = _mark(tokens_BKL, _before(tokens_BKL, n), V).at[..., o.start].set(True)
+    all_BKX = jnp.concatenate([_beams(before_BT, tokens_BKL), tokens_BKL], -1)
+    seen_BKV = _mark(all_BKX, jnp.arange(all_BKX.shape[-1]) < n + before_BT.shape[1], V)
     p = o.repetition_penalty
     scores_BKV = jnp.where(seen_BKV, jnp.where(scores_BKV < 0, scores_BKV * p, scores_BKV / p), scores_BKV)
   if o.no_repeat_ngram:
-    scores_BKV = jnp.where(_repeats(tokens_BKL, n, V, o), -jnp.inf, scores_BKV)
+    scores_BKV = jnp.where(_repeats(tokens_BKL, n, before_BT, V, o), -jnp.inf, scores_BKV)
   if o.min_length:
     scores_BKV = jnp.where(_only(o.eos, V) & (n < o.min_length), -jnp.inf, scores_BKV)
   if o.forced_bos is not None:
@@ -45,28 +49,28 @@ def _only(ids: Sequence[int], V: int) -> np.ndarray:
   return np.isin(np.arange(V), np.asarray(ids, int))
 
 
-def _before(tokens_BKL: jax.Array, n: jax.Array) -> jax.Array:
-  return jnp.broadcast_to(jnp.arange(tokens_BKL.shape[-1]) < n, tokens_BKL.shape)
+def _beams(before_BT: jax.Array, tokens_BKL: jax.Array) -> jax.Array:
+  return jnp.broadcast_to(before_BT[:, None], (*tokens_BKL.shape[:2], before_BT.shape[1]))
 
 
 def _mark(tokens_BKL: jax.Array, where_BKL: jax.Array, V: int) -> jax.Array:
-  """Returns bool [B,K,V]: the tokens at the positions chosen by `where_BKL`."""
-  mark = lambda tokens, where: jnp.zeros(V, bool).at[jnp.where(where, tokens, V)].set(True, mode="drop")
-  return jax.vmap(jax.vmap(mark))(tokens_BKL, where_BKL)
+  """Returns bool [B,K,V]: the tokens at the positions chosen by `where_BKL`, which broadcasts; -1 marks nothing."""
+  mark = lambda tokens, where: jnp.zeros(V, bool).at[jnp.where(where & (tokens >= 0), tokens, V)].set(True, mode="drop")
+  return jax.vmap(jax.vmap(mark))(tokens_BKL, jnp.broadcast_to(where_BKL, tokens_BKL.shape))
 
 
-def _repeats(tokens_BKL: jax.Array, n: jax.Array, V: int, o: Options) -> jax.Array:
-  """Returns bool [B,K,V]: tokens that would repeat an n-gram (size o.no_repeat_ngram) of start token + output."""
-  size = o.no_repeat_ngram
-  all_ = jnp.pad(tokens_BKL, ((0, 0), (0, 0), (1, 0)), constant_values=o.start)  # what transformers calls input_ids
+def _repeats(tokens_BKL: jax.Array, n: jax.Array, before_BT: jax.Array, V: int, o: Options) -> jax.Array:
+  """Returns bool [B,K,V]: tokens that would repeat an n-gram (size o.no_repeat_ngram) of all that stands before."""
+  size, T = o.no_repeat_ngram, before_BT.shape[1]
+  all_ = jnp.concatenate([_beams(before_BT, tokens_BKL), tokens_BKL], -1)  # what transformers calls input_ids
   if all_.shape[-1] < size:
     return jnp.zeros((*tokens_BKL.shape[:2], V), bool)
   grams = all_.shape[-1] - size + 1
-  same = jnp.arange(grams) + size <= n + 1  # the whole n-gram lies in the past, whose length is n + 1
-  for i in range(size - 1):  # entry j of the last size - 1 tokens stands at n + 1 - (size - 1) + j
-    last = jax.lax.dynamic_index_in_dim(all_, jnp.maximum(n + 2 - size + i, 0), axis=-1, keepdims=True)
+  same = jnp.arange(grams) + size <= n + T  # the whole n-gram lies in the past, whose length is n + T
+  for i in range(size - 1):  # entry j of the last size - 1 tokens stands at n + T - (size - 1) + j
+    last = jax.lax.dynamic_index_in_dim(all_, jnp.maximum(n + T + 1 - size + i, 0), axis=-1, keepdims=True)
     same = same & (all_[..., i : i + grams] == last)
-  return _mark(all_[..., size - 1 :], jnp.broadcast_to(same, (*all_.shape[:2], grams)), V)
+  return _mark(all_[..., size - 1 :], same, V)
 
 
 def warp(logits_BKV: jax.Array, o: Options) -> jax.Array:

@@ -1,9 +1,10 @@
 """Attention with an additive bias and segment masks, T5's relative position bias, and the key-value cache of decoding.
 
-Letters: B batch rows, T query length, S key length, D width, N heads, H head dimension, K beams, L layers, M cache
-length.
+Letters: B batch rows, T query length, S key length, D width, N heads, G heads of keys and values, R = N / G, H head
+dimension, K beams, L layers, M cache length.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -13,32 +14,67 @@ from flax import nnx
 from jax import lax
 
 from jaxft import sharding
-from jaxft.models import layers
+from jaxft.models import layers, rope
 
 MASKED = -1e30  # added to scores that must not count: exp() of it is exactly 0 in float32, and no sum with it overflows
 
 
-def segment_mask(query_BT: jax.Array, key_BS: jax.Array, causal: bool) -> jax.Array:
-  """Returns bool [B, 1, T, S]: same segment, not padding (segment 0), and with `causal` no key after the query."""
+def positions(segments_BT: jax.Array) -> jax.Array:
+  """Returns i32 [B, T], the place of each token within its segment, counted from 0; padding (segment 0) has 0.
+
+  (The run of padding in a long row may be longer than a table of positions.)
+  """
+  place = jnp.arange(segments_BT.shape[1])
+  first = segments_BT != jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  return jnp.where(segments_BT > 0, place - jax.lax.cummax(jnp.where(first, place, 0), axis=1), 0)
+
+
+def segment_mask(query_BT: jax.Array, key_BS: jax.Array, causal: bool, prefix_BS: jax.Array | None = None) -> jax.Array:
+  """Returns bool [B, 1, T, S]: same segment, not padding (segment 0), and with `causal` no key after the query, save
+  those whose `prefix_BS` is not 0.
+  """
   mask = (query_BT[:, :, None] == key_BS[:, None, :]) & (key_BS[:, None, :] > 0)
   if causal:
-    mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))
+    seen = jnp.tril(jnp.ones(mask.shape[1:], bool))
+    mask &= seen if prefix_BS is None else seen | (prefix_BS[:, None, :] != 0)
   return mask[:, None]
 
 
-def attend(q_BTNH, k_BSNH, v_BSNH, bias_NTS, mask_BTS, rate: float, key: jax.Array | None) -> jax.Array:
+def window_mask(t: int, window: int | jax.Array, causal: bool) -> jax.Array:
+  """Returns bool [T, T]: keys less than `window` places before the query (not causal: at most `window` away)."""
+  distance = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
+  return distance < window if causal else jnp.abs(distance) <= window
+
+
+def attend(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask_BTS, rate: float, key: jax.Array | None, softcap: float = 0.0):
   """Returns softmax(q k + bias) v as [B, T, N, H]; scores are not scaled, softmax is in float32.
 
-  `bias_NTS` is [1, N, T, S] or None, `mask_BTS` bool [B, 1, T, S]. A query without any key gets 0 and passes no
+  `bias_NTS` is [1, N, T, S] or None, `mask_BTS` bool [B, 1, T, S]; N / G heads of q share one of k and v (Ainslie et
+  al. 2023). `softcap` c > 0 puts c tanh(score / c) for the score. A query without any key gets 0 and passes no
   gradient.
   """
-  scores = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+  B, T, N, H = q_BTNH.shape
+  G, S = k_BSGH.shape[2], k_BSGH.shape[1]
+  if G == N:
+    scores = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSGH, preferred_element_type=jnp.float32)
+  else:
+    q_BTGRH = q_BTNH.reshape(B, T, G, N // G, H)
+    scores = jnp.einsum("btgrh,bsgh->bgrts", q_BTGRH, k_BSGH, preferred_element_type=jnp.float32).reshape(B, N, T, S)
+  scores = cap(scores, softcap)
   if bias_NTS is not None:
     scores += bias_NTS
   probs = jax.nn.softmax(jnp.where(mask_BTS, scores, MASKED), axis=-1)
-  probs = layers.dropout(probs.astype(v_BSNH.dtype), rate, key)
-  out_BTNH = jnp.einsum("bnts,bsnh->btnh", probs, v_BSNH)
+  probs = layers.dropout(probs.astype(v_BSGH.dtype), rate, key)
+  if G == N:
+    out_BTNH = jnp.einsum("bnts,bsnh->btnh", probs, v_BSGH)
+  else:
+    out_BTNH = jnp.einsum("bgrts,bsgh->btgrh", probs.reshape(B, G, N // G, T, S), v_BSGH).reshape(B, T, N, H)
   return jnp.where(jnp.any(mask_BTS, -1)[:, 0, :, None, None], out_BTNH, 0)
+
+
+def cap(x: jax.Array, softcap: float) -> jax.Array:
+  """Returns c tanh(x / c) for c = `softcap` (Gemma 2, section 2), `x` itself where it is 0."""
+  return softcap * jnp.tanh(x / softcap) if softcap else x
 
 
 def buckets(distance: np.ndarray, *, bidirectional: bool, number: int, max_distance: int) -> np.ndarray:
@@ -89,37 +125,84 @@ class RelativeBias(nnx.Module):
     return sharding.pin(skewed[:, :, t - 1 :][None, :, :, :s], (None, "heads", None, None))
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+  """Numbers of an attention."""
+
+  width: int
+  heads: int
+  kv_heads: int  # G: heads of keys and values
+  head_dim: int
+  scale: float  # of the scores
+  stds: tuple[float, float, float, float]  # of fresh q, k, v, o
+  bias: str = ""  # which of q, k, v, o have one
+  qk_norm: layers.NormSpec | None = None
+  qk_norm_whole: bool = False  # over all heads at once (OLMo 2), not over each
+  softcap: float = 0.0  # 0: none
+  dropout: float = 0.0  # of the probabilities
+
+
 class Attention(nnx.Module):
-  """Multi-head attention without biases on its projections; `stds` are those of q, k, v and o."""
+  """Multi-head attention, with as many heads of keys and values or fewer."""
 
-  def __init__(self, width: int, heads: int, head_dim: int, stds: tuple, rate: float, *, dtype, params_dtype):
-    dtypes = dict(dtype=dtype, params_dtype=params_dtype)
-    for name, std in zip("qkv", stds):
-      shape, axes = (width, heads, head_dim), ("embed", "heads", "head_dim")
-      setattr(self, name, layers.Einsum("btd,dnh->btnh", shape, axes, std, **dtypes))
-    self.o = layers.Einsum("btnh,nhd->btd", (heads, head_dim, width), ("heads", "head_dim", "embed"), stds[3], **dtypes)
-    self.rate = rate
+  def __init__(self, spec: AttentionSpec, build: layers.Build):
+    s, n, g, h = spec, spec.heads, spec.kv_heads, spec.head_dim
+    for name, heads, std in zip("qkv", (n, g, g), s.stds):
+      shape, axes, bias = (s.width, heads, h), ("embed", "heads", "head_dim"), (1, 2) if name in s.bias else ()
+      setattr(self, name, layers.Einsum("...d,dnh->...nh", shape, axes, std, bias, **build.dtypes))
+    shape, axes, bias = (n, h, s.width), ("heads", "head_dim", "embed"), (2,) if "o" in s.bias else ()
+    self.o = layers.Einsum("...nh,nhd->...d", shape, axes, s.stds[3], bias, **build.dtypes)
+    if s.qk_norm:
+      for name, heads in (("q_norm", n), ("k_norm", g)):
+        setattr(self, name, layers.Norm((heads, h) if s.qk_norm_whole else (h,), s.qk_norm, **build.dtypes))
+    self.spec = spec
 
-  def keys_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns k and v, each [B, S, N, H]."""
+  def queries(self, x: jax.Array, cos_sin: jax.Array | None) -> jax.Array:
+    """Returns the scaled queries [..., N, H] of `x` [..., D], turned by `cos_sin` (an entry of `rope.angles`)."""
+    q = self._placed(self.q(x), "q_norm", cos_sin)
+    return q if self.spec.scale == 1 else q * jnp.asarray(self.spec.scale, q.dtype)
+
+  def keys_values(self, x: jax.Array, cos_sin: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Returns k and v, each [..., G, H]."""
+    return self._placed(self.k(x), "k_norm", cos_sin), self.v(x)
+
+  def _placed(self, x: jax.Array, norm: str, cos_sin: jax.Array | None) -> jax.Array:
+    if self.spec.qk_norm:
+      x = getattr(self, norm)(x)
+    return x if cos_sin is None else rope.rotate(x, cos_sin)
+
+  def __call__(self, x_BTD, context_BSD, bias, mask, cos_sin, key=None) -> jax.Array:
+    """Returns [B, T, D]; keys and values come from `context_BSD`, or are it where it is a pair."""
     axes = ("batch", "length", "heads", None)
-    return sharding.pin(self.k(x_BSD), axes), sharding.pin(self.v(x_BSD), axes)
+    pair = context_BSD if isinstance(context_BSD, tuple) else self.keys_values(context_BSD, cos_sin)
+    k, v = (sharding.pin(x, axes) for x in pair)
+    q = sharding.pin(self.queries(x_BTD, cos_sin), axes)
+    return self.o(attend(q, k, v, bias, mask, self.spec.dropout, key, self.spec.softcap))
 
-  def __call__(self, x_BTD, keys_values, bias, mask, key=None) -> jax.Array:
-    q_BTNH = sharding.pin(self.q(x_BTD), ("batch", "length", "heads", None))
-    return self.o(attend(q_BTNH, *keys_values, bias, mask, self.rate, key))
-
-  def step(self, x_BKD, cache: tuple[jax.Array, jax.Array], layer, index, bias_KM) -> tuple[jax.Array, tuple]:
+  def step(self, x_BKD, cache, layer, index, bias, prompt, masks, cos_sin) -> tuple[jax.Array, tuple]:
     """Returns [B, K, D] for one new token of every beam, and the cache with its key and value written at `index`.
 
-    `cache` holds k and v of all layers, [L, B, K, M, N, H]: it stays whole in the loop's carry, so that XLA updates it
-    in place. `bias_KM` is [1, N, 1, M].
+    `cache` holds k and v of all layers, [L, B, K, M, G, H]: it stays whole in the loop's carry, so that XLA updates it
+    in place. `bias` is [1, N, 1, M] or None. `prompt`, k and v [B, T, G, H] that all beams see before, or None.
+    `masks` say which places count: bool [M] (or [B, M]) of the cache, and [B, T] of the prompt.
     """
-    new = [x[None, :, :, None] for x in self.keys_values(x_BKD)]  # [1, B, K, 1, N, H]
+    pair = self.keys_values(x_BKD, cos_sin)
+    new = [x[None, :, :, None] for x in pair]  # [1, B, K, 1, G, H]
     place = (layer, 0, 0, index, 0, 0)
     cache = tuple(lax.dynamic_update_slice(c, n.astype(c.dtype), place) for c, n in zip(cache, new))
     k, v = (lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
-    scores = jnp.einsum("bknh,bkmnh->bnkm", self.q(x_BKD), k, preferred_element_type=jnp.float32) + bias_KM
-    scores = jnp.where(jnp.arange(k.shape[2]) <= index, scores, MASKED)
+    B, K, M, G, H = k.shape
+    q = self.queries(x_BKD, cos_sin).reshape(B, K, G, -1, H)
+    dot = lambda form, x: cap(jnp.einsum(form, q, x, preferred_element_type=jnp.float32), self.spec.softcap)
+    scores = dot("bkgrh,bkmgh->bgrkm", k)
+    if bias is not None:
+      scores += bias.reshape(1, G, -1, 1, M)
+    scores = jnp.where(masks[0].reshape(-1, 1, 1, 1, M), scores, MASKED)
+    if prompt is not None:
+      before = jnp.where(masks[1][:, None, None, None], dot("bkgrh,btgh->bgrkt", prompt[0]), MASKED)
+      scores = jnp.concatenate([before, scores], -1)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return self.o(jnp.einsum("bnkm,bkmnh->bknh", probs, v)), cache
+    out = jnp.einsum("bgrkm,bkmgh->bkgrh", probs[..., -M:], v)
+    if prompt is not None:
+      out += jnp.einsum("bgrkt,btgh->bkgrh", probs[..., :-M], prompt[1])
+    return self.o(out.reshape(B, K, -1, H)), cache

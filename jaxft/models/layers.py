@@ -5,6 +5,7 @@ names, one for each dimension (None: never split); modules know no mesh. A modul
 alone: `fresh` draws them, a Hub folder or a checkpoint gives them, and `merge` binds them.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +22,47 @@ Tree = Any
 ACTIVATIONS = {  # by the name that config.json files use
   "relu": jax.nn.relu,
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_python": lambda x: jax.nn.gelu(x, approximate=False),
   "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+  "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+  "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "silu": jax.nn.silu,
   "swish": jax.nn.silu,
+  "tanh": jnp.tanh,
 }
 
 REMAT = ("none", "block", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+  """How a model is built and run, apart from what it computes."""
+
+  dtype: Any  # of activations
+  params_dtype: Any
+  remat: str  # of REMAT
+  unroll: int  # layers a turn of the scan
+  neftune: float = 0.0  # noise on token embeddings in training
+
+  @property
+  def dtypes(self) -> dict:
+    return dict(dtype=self.dtype, params_dtype=self.params_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSpec:
+  """Numbers of a normalisation; `offset` is added to the scale (Gemma stores scale - 1), `init` is its fresh value.
+
+  Without `scaled` there is no scale (Galactica, OLMo 1).
+  """
+
+  kind: str  # "rms": x / rms(x), "layer": (x - mean(x)) / std(x)
+  eps: float
+  bias: bool
+  init: float = 1.0
+  offset: float = 0.0
+  scaled: bool = True
 
 
 def param(shape: tuple[int, ...], axes: tuple, dtype, *, std: float = 0.0, mean: float = 0.0) -> nnx.Param:
@@ -147,60 +183,80 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   return jnp.where(keep, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
-class Einsum(nnx.Module):
-  """A weight applied by `equation`; the parameter is `kernel`."""
+def noise(x_BTD: jax.Array, segments_BT: jax.Array, alpha: float, key: jax.Array | None) -> jax.Array:
+  """Returns embeddings with NEFTune's noise (Jain et al. 2023, section 2): uniform in +-alpha / sqrt(L D), L the tokens
+  of the example; `x_BTD` itself without a key.
+  """
+  if key is None or not alpha:
+    return x_BTD
+  length_BT = jnp.sum(segments_BT[:, :, None] == segments_BT[:, None, :], -1)
+  size = alpha * lax.rsqrt(length_BT[..., None].astype(jnp.float32) * x_BTD.shape[-1])
+  uniform = (hash_bits(key, x_BTD.shape) >> 8).astype(jnp.float32) * jnp.float32(2**-23) - 1
+  return x_BTD + (uniform * size).astype(x_BTD.dtype)
 
-  def __init__(self, equation: str, shape: tuple, axes: tuple, std: float, *, dtype, params_dtype):
+
+class Einsum(nnx.Module):
+  """A weight applied by `equation`, and a bias where `bias` are its dimensions of the weight; `kernel` and `bias`."""
+
+  def __init__(self, equation: str, shape: tuple, axes: tuple, std: float, bias: tuple = (), *, dtype, params_dtype):
     self.kernel = param(shape, axes, params_dtype, std=std)
-    self.equation, self.dtype = equation, dtype
+    if bias:
+      self.bias = param([shape[d] for d in bias], [axes[d] for d in bias], params_dtype)
+    self.equation, self.dtype, self.biased = equation, dtype, bool(bias)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return jnp.einsum(self.equation, x, self.kernel[...].astype(self.dtype))
+    y = jnp.einsum(self.equation, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+    return y + self.bias[...].astype(self.dtype) if self.biased else y
 
 
-class RMSNorm(nnx.Module):
-  """x / rms(x) * scale, computed in float32 (Zhang and Sennrich 2019, eq. 4); neither mean nor bias."""
+def dense(width: int, out: int, axes: tuple, std: float, bias: bool, **dtypes) -> Einsum:
+  """Returns a linear layer [width] -> [out] over the last axis."""
+  return Einsum("...d,df->...f", (width, out), axes, std, (1,) if bias else (), **dtypes)
 
-  def __init__(self, width: int, eps: float, init: float, *, dtype, params_dtype):
-    self.scale = param((width,), (None,), params_dtype, mean=init)
-    self.eps, self.dtype = eps, dtype
 
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    x = x_BTD.astype(jnp.float32)
-    x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
-    return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+class Norm(nnx.Module):
+  """Layer or root-mean-square normalisation over the last axes, those of `shape`, computed in float32.
+
+  Ba et al. 2016, section 3; Zhang and Sennrich 2019, eq. 4.
+  """
+
+  def __init__(self, shape: tuple[int, ...], spec: NormSpec, *, dtype, params_dtype):
+    if spec.scaled:
+      self.scale = param(shape, (None,) * len(shape), params_dtype, mean=spec.init)
+    if spec.bias:
+      self.bias = param(shape, (None,) * len(shape), params_dtype)
+    self.over = tuple(range(-len(shape), 0))
+    self.spec, self.dtype = spec, dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    if self.spec.kind == "layer":
+      x -= jnp.mean(x, self.over, keepdims=True)
+    x *= lax.rsqrt(jnp.mean(jnp.square(x), self.over, keepdims=True) + self.spec.eps)
+    if self.spec.scaled:
+      x *= self.scale[...].astype(jnp.float32) + self.spec.offset
+    return (x + self.bias[...].astype(jnp.float32) if self.spec.bias else x).astype(self.dtype)
 
 
 class Embedding(nnx.Module):
-  """Rows of a table [V, D], and the product with it for a tied head."""
+  """Rows of a table [V, D], and the product with it for a tied head; reading row `still` passes no gradient."""
 
-  def __init__(self, vocab: int, width: int, std: float, *, dtype, params_dtype):
-    self.embedding = param((vocab, width), ("vocab", "embed"), params_dtype, std=std)
-    self.dtype = dtype
+  def __init__(self, vocab: int, width: int, std: float, axes=("vocab", "embed"), still=None, *, dtype, params_dtype):
+    self.embedding = param((vocab, width), axes, params_dtype, std=std)
+    self.axes, self.still, self.dtype = axes, still, dtype
 
   def __call__(self, ids_BT: jax.Array) -> jax.Array:
-    """Returns [B, T, D]; an id outside the vocabulary gives NaN, which the training step stops at."""
+    """Returns [B, T, D]; an id outside the table gives NaN, which the training step stops at."""
     # unpinned, a lookup in a table split both ways replicates the activations: 4 involuntary rematerialisations on
     # a 2x2x2 mesh
-    table = sharding.pin(self.embedding[...], ("vocab", None))
-    return jnp.take(table, ids_BT, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
+    table = sharding.pin(self.embedding[...], (self.axes[0], None))
+    x = jnp.take(table, ids_BT, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
+    return x if self.still is None else jnp.where((ids_BT == self.still)[..., None], lax.stop_gradient(x), x)
 
   def attend(self, x_BTD: jax.Array) -> jax.Array:
     """Returns logits [B, T, V] in float32."""
     table = self.embedding[...].astype(self.dtype)
-    return jnp.einsum("btd,vd->btv", x_BTD, table, preferred_element_type=jnp.float32)
-
-
-class Head(nnx.Module):
-  """An untied head [D, V]."""
-
-  def __init__(self, width: int, vocab: int, std: float, *, dtype, params_dtype):
-    self.kernel = param((width, vocab), ("embed", "vocab"), params_dtype, std=std)
-    self.dtype = dtype
-
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    """Returns logits [B, T, V] in float32."""
-    return jnp.einsum("btd,dv->btv", x_BTD, self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,vd->...v", x_BTD.astype(self.dtype), table, preferred_element_type=jnp.float32)
 
 
 class Mlp(nnx.Module):
@@ -209,14 +265,16 @@ class Mlp(nnx.Module):
   `stds` are the deviations of the inner and of the outer weights.
   """
 
-  def __init__(self, width: int, mlp: int, act: str, gated: bool, stds: tuple[float, float], rate: float, **dtypes):
+  def __init__(
+    self, width: int, mlp: int, act: str, gated: bool, bias: bool, stds: tuple[float, float], rate: float, **dtypes
+  ):
     for name in ("wi_0", "wi_1") if gated else ("wi",):
-      setattr(self, name, Einsum("btd,df->btf", (width, mlp), ("embed", "mlp"), stds[0], **dtypes))
-    self.wo = Einsum("btf,fd->btd", (mlp, width), ("mlp", "embed"), stds[1], **dtypes)
+      setattr(self, name, dense(width, mlp, ("embed", "mlp"), stds[0], bias, **dtypes))
+    self.wo = dense(mlp, width, ("mlp", "embed"), stds[1], bias, **dtypes)
     self.act, self.gated, self.rate = act, gated, rate
 
   def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
     act = ACTIVATIONS[self.act]
     h_BTF = act(self.wi_0(x_BTD)) * self.wi_1(x_BTD) if self.gated else act(self.wi(x_BTD))
-    h_BTF = sharding.pin(h_BTF, ("batch", "length", "mlp"))
+    h_BTF = sharding.pin(h_BTF, ("batch", "length", "mlp")) if h_BTF.ndim == 3 else h_BTF
     return self.wo(dropout(h_BTF, self.rate, key))

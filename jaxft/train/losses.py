@@ -1,38 +1,161 @@
 """Losses as sums: every function returns (loss sum, weight sum, sums to report), to be divided once over all rows."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxft.models import layers
+
 Sums = dict[str, jax.Array]
 
 
-def seq2seq(
-  model: Any, batch: dict[str, jax.Array], key: jax.Array | None, *, label_smoothing: float, z_loss: float
-) -> tuple[jax.Array, jax.Array, Sums]:
-  """Returns the cross-entropy of `batch["targets"]` under the encoder-decoder `model`, summed with `batch["weights"]`.
+Loss = Callable[[Any, dict[str, jax.Array], jax.Array | None], tuple[jax.Array, jax.Array, Sums]]
 
-  `key` is for dropout (None: none). All sums are float32 scalars: the loss with smoothing and z-loss, the weights, and
-  {"nll": cross-entropy without either, in nats, "correct": weight of the tokens whose label has the largest logit}.
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What a loss is told besides the batch; what a kind has no use for is not read there."""
+
+  label_smoothing: float = 0.0
+  z_loss: float = 0.0
+  class_weights: tuple[float, ...] = ()  # of labels, classify and tag; (): all 1
+  multi: bool = False  # classify: several labels an example
+  nsp_scale: float = 1.0  # mlm_nsp: what an example weighs beside a masked token
+
+
+def make(kind: str, o: Options) -> Loss:
+  """Returns the loss of a kind of task: loss(model, batch, key) -> (loss sum, weight sum, {name: sum}), float32 scalars.
+
+  `key` is for dropout (None: none). The weight is what the loss is divided by: supervised tokens, or examples. Among
+  the sums are "nll", the loss without smoothing and z-loss in nats, and "correct", the weight of what is predicted right.
+  The batch is laid out as models/single.py and models/encdec.py say, with weights f32[B, T] for tokens and
+  label_weights f32[B, M] for examples.
   """
+  if kind in WHOLE:
+    return functools.partial(WHOLE[kind], o=o)
+  return lambda model, batch, key: of_outputs(kind, OUTPUTS[kind](model, batch, key), batch, o)
+
+
+def seq2seq(model: Any, batch: dict, key: jax.Array | None, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+  """Cross-entropy of `targets` under an encoder-decoder."""
   logits_BSV = model.logits(model.hidden(batch, key))
-  return weighted(logits_BSV, batch["targets"], batch["weights"], label_smoothing=label_smoothing, z_loss=z_loss)
+  return weighted(logits_BSV, batch["targets"], batch["weights"], label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+
+
+def next_token(model: Any, batch: dict, key: jax.Array | None, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+  """Cross-entropy of each token of `inputs` under a decoder that has read those before it in its segment.
+
+  `weights` belong to the token that is predicted; the first of a segment is never.
+  """
+  logits_BTV = model.logits(model.hidden(batch, key))
+  later = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+  segments = batch["input_segments"]
+  weights = jnp.where(later(segments) == segments, later(batch["weights"]), 0)
+  return weighted(logits_BTV, later(batch["inputs"]), weights, label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+
+
+def each_token(logits_BTC: jax.Array, batch: dict, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+  """Cross-entropy of `targets` at their own places: labels of words, or what was masked."""
+  weights = batch["weights"] * _class_weights(batch["targets"], o)
+  return weighted(logits_BTC, batch["targets"], weights, label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+
+
+def _class_weights(labels: jax.Array, o: Options) -> jax.Array | float:
+  return jnp.asarray(o.class_weights, jnp.float32)[labels] if o.class_weights else 1.0
+
+
+def classify(logits_BMC: jax.Array, batch: dict, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+  """Cross-entropy of `labels` i32[B, M]; with `multi`, the mean over the classes of that of each label f32[B, M, C]."""
+  labels, weights = batch["labels"], batch["label_weights"]
+  if not o.multi:
+    weights = weights * _class_weights(labels, o)
+    return weighted(logits_BMC, labels, weights, label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+  e = o.label_smoothing
+  smooth = labels * (1 - e) + e / 2
+  entropy = lambda y: jax.nn.softplus(logits_BMC) - y * logits_BMC  # of a Bernoulli variable, from its logit
+  each = entropy(smooth) * (jnp.asarray(o.class_weights, jnp.float32) if o.class_weights else 1.0)
+  right = jnp.all((logits_BMC > 0) == (labels > 0.5), -1)
+  return _sums(jnp.mean(each, -1), weights, dict(nll=jnp.mean(entropy(labels), -1), correct=right))
+
+
+def regress(found: jax.Array, batch: dict, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+  """Squared error of `labels` f32[B, M] (or [B, M, C], the mean over C)."""
+  labels = batch["labels"]
+  error = jnp.mean(jnp.square(found - labels.reshape(*labels.shape[:2], -1)), -1)
+  return _sums(error, batch["label_weights"], {})
+
+
+def answer_span(logits_BT2: jax.Array, batch: dict, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+  """Mean of the cross-entropies of the first and of the last token of the answer, each over the tokens of its example.
+
+  `starts` and `ends` i32[B, M] count from the first token of the example (Devlin et al. 2018, section 4.2).
+  """
+  segments, weights = batch["input_segments"], batch["label_weights"]
+  M = weights.shape[1]
+  inside_BMT = segments[:, None, :] == jnp.arange(1, M + 1)[:, None]
+  first_BM = jnp.argmax(inside_BMT, -1)
+  loss, right = 0.0, True
+  for i, name in enumerate(("starts", "ends")):
+    logits_BMT = jnp.where(inside_BMT, logits_BT2[:, None, :, i], -1e30)
+    part, _, hit = cross_entropy(logits_BMT, first_BM + batch[name], 0.0, 0.0)
+    loss, right = loss + part / 2, right & (hit > 0)
+  return _sums(loss, weights, dict(nll=loss, correct=right))
+
+
+def masked_and_next(model: Any, batch: dict, key: jax.Array | None, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+  """Masked tokens, and whether the second text follows the first (labels i32[B, M]), over the masked tokens.
+
+  An example counts as `nsp_scale` tokens: with as many as an example has masked ones, the loss is the sum of the two
+  means, as in BERT, and it does not depend on how the batch is cut.
+  """
+  body, head, other = (None,) * 3 if key is None else layers.keys(key, 3)
+  hidden = model.hidden(batch, body)
+  loss, weight, sums = each_token(model.logits(hidden, head), batch, o)
+  logits = model.classified(hidden, batch["input_segments"], batch["label_weights"].shape[1], other, "nsp")
+  nsp, _, more = weighted(logits, batch["labels"], batch["label_weights"], label_smoothing=0.0, z_loss=0.0)
+  return loss + o.nsp_scale * nsp, weight, dict(sums, nsp=o.nsp_scale * nsp, nsp_correct=o.nsp_scale * more["correct"])
+
+
+_classified = lambda model, batch, key: model.classify(batch, key)
+_tagged = lambda model, batch, key: model.tag(batch, key)
+
+OUTPUTS = dict(classify=_classified, regress=_classified, tag=_tagged, qa=_tagged, mlm=_tagged)  # what a model predicts
+OF_OUTPUTS = dict(classify=classify, regress=regress, tag=each_token, qa=answer_span, mlm=each_token)
+WHOLE = dict(
+  seq2seq=seq2seq,
+  span_corruption=seq2seq,
+  causal=next_token,
+  sft=next_token,
+  prefix_lm=next_token,
+  mlm_nsp=masked_and_next,
+)
+
+
+def of_outputs(kind: str, outputs: jax.Array, batch: dict, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+  """Returns the sums of `make` for what OUTPUTS[kind] gave."""
+  return OF_OUTPUTS[kind](outputs, batch, o)
+
+
+def _sums(loss: jax.Array, weights: jax.Array, more: dict) -> tuple[jax.Array, jax.Array, Sums]:
+  """Returns the sums of what is given for each example; one with a weight of 0 adds nothing and gets no gradient."""
+  weights = weights.astype(jnp.float32)
+  total = lambda x: jnp.sum(jnp.where(weights != 0, x * weights, 0))
+  return total(loss), jnp.sum(weights), {k: total(x) for k, x in more.items()}
 
 
 def weighted(
   logits: jax.Array, labels: jax.Array, weights: jax.Array, *, label_smoothing: float, z_loss: float
 ) -> tuple[jax.Array, jax.Array, Sums]:
-  """Returns the sums of `seq2seq` for logits [..., V], labels i32[...] and weights [...]; a weight of 0 hides its
-  token.
+  """Returns the sums of cross-entropy for logits [..., V], labels i32[...] and weights [...]; 0 hides a token.
 
   A hidden token adds nothing and gets no gradient, even where its logits are not finite.
   """
-  weights = weights.astype(jnp.float32)
   loss, nll, correct = cross_entropy(logits.astype(jnp.float32), labels, label_smoothing, z_loss)
-  total = lambda x: jnp.sum(jnp.where(weights != 0, x * weights, 0))
-  return total(loss), jnp.sum(weights), {"nll": total(nll), "correct": total(correct)}
+  return _sums(loss, weights, dict(nll=nll, correct=correct))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

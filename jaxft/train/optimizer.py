@@ -88,6 +88,9 @@ def make(
   decay: float,
   decay_rules: trees.Rules,
   lr_rules: trees.Rules,
+  layer_decay: float,
+  toward_init: float,
+  unfreeze: trees.Rules,
   steps: int,
   shapes: Tree,
   axes: Tree,
@@ -105,15 +108,29 @@ def make(
   matrices of the layers (kernels with an "embed" axis; heads joined) by Newton-Schulz with momentum b1, scaled by 0.2
   sqrt(max(fan in, fan out)) so that AdamW's learning rates fit (arXiv 2502.16982 section 2.2); embeddings, heads of the
   vocabulary, norms and biases by AdamW.
+
+  `layer_decay` times the learning rate for each layer further from the head (Clark et al. 2020, appendix B); it comes
+  on top of `lr_rules`. `toward_init` pulls the weights to where they started (L2-SP, Li et al. 2018, section 3.2), as
+  decay does to zero; the state then holds a copy of them. `unfreeze` gives the step (below 1: the share of `steps`) from
+  which parameters move (gradual unfreezing, Howard and Ruder 2018, section 3.3): before it their gradient counts for
+  the statistics of the optimizer and for the global norm, and the update is dropped.
   """
   if name not in NAMES:
     raise InputError(f"optimizer.name is {name!r}; there are {', '.join(NAMES)}{did_you_mean(name, NAMES)}.")
-  if clip < 0 or decay < 0:
-    raise InputError(f"optimizer: clip={clip} and decay={decay} must not be negative (0 switches off).")
+  if min(clip, decay, toward_init) < 0 or not 0 < layer_decay <= 1:
+    raise InputError(
+      f"optimizer: clip={clip}, decay={decay} and toward_init={toward_init} must not be negative (0 switches off), "
+      f"layer_decay={layer_decay} must be above 0 and at most 1 (off)."
+    )
   flags = {p: f for p, f in trees.flatten(trainable).items() if np.any(f)}
   flat_shapes, flat_axes = trees.flatten(shapes), trees.flatten(axes)
   leaves = {p: _leaf(flat_shapes[p].shape, flat_axes[p]) for p in flags}
   times_lr = trees.flatten(trees.by_rules(lr_rules, shapes, axes, name="optimizer.lr_rules", all_used=True))
+  if layer_decay < 1:
+    times_lr = {
+      p: x * by_depth(p, flat_shapes[p].shape, flat_axes[p], layer_decay, flat_shapes) for p, x in times_lr.items()
+    }
+  starts = _starts(unfreeze, steps, shapes, axes)
   times_decay = trees.flatten(trees.by_rules(decay_rules, shapes, axes, name="optimizer.decay_rules"))
   rate = make_schedule(lr=lr, schedule=schedule, warmup=warmup, cooldown=cooldown, end=end, steps=steps)
 
@@ -121,12 +138,54 @@ def make(
   parts += [_algorithm(name, leaves, b1, b2, eps)]
   if decay:
     parts += [_stateless(lambda u, p, step, path: u + p * _f32(decay * times_decay[path]))]
+  if toward_init:
+    parts += [_toward_init(toward_init)]
   parts += [_stateless(lambda u, p, step, path: u * (-rate(step) * _f32(times_lr[path])))]
+  if starts:
+    moves = lambda u, step, path: jnp.where(step >= starts[path], u, jnp.float32(-0.0))
+    parts += [_stateless(lambda u, p, step, path: moves(u, step, path))]
   # x + -0.0 is x for every x, and 0.0 is not: -0.0 + 0.0 = 0.0 would flip a sign bit in a frozen layer
   parts += [
     _stateless(lambda u, p, step, path: u if np.all(flags[path]) else jnp.where(flags[path], u, jnp.float32(-0.0)))
   ]
   return _in_float32(optax.chain(*parts)), rate
+
+
+def by_depth(path: str, shape: tuple, axes: tuple, decay: float, shapes: dict) -> Any:
+  """Returns `decay` to the power of how far a parameter is from the head of its model: a number, or [L, 1, ...].
+
+  With L layers in its stack, the head and the final norm have 0, layer i has L - i, what stands before has L + 1.
+  """
+  if trees.is_stacked(axes):
+    distance = shape[0] - np.arange(shape[0])
+    return (decay**distance).reshape(-1, *[1] * (len(shape) - 1))
+  side, *rest = path.split("/")
+  if side not in ("embed", "encoder", "decoder") or (rest and rest[0] in ("final_norm", "project_back")):
+    return 1.0
+  depths = [x.shape[0] for p, x in shapes.items() if "/layers/" in p and p.startswith(side if rest[1:] else "")]
+  return decay ** (max(depths) + 1)
+
+
+def _starts(unfreeze: trees.Rules, steps: int, shapes: Tree, axes: Tree) -> dict[str, Any]:
+  """Returns {path: first step in which it moves (a number, or a vector for stacked layers)}, {} without rules."""
+  if not unfreeze:
+    return {}
+  wrong = [pair for pair in unfreeze if not isinstance(pair[-1], (int, float)) or pair[-1] < 0 or pair[-1] >= steps]
+  if wrong:
+    raise InputError(
+      f"unfreeze: {wrong[0]!r} is not a pair of a pattern and a step of the {steps}, or below 1 a share of them."
+    )
+  found = trees.by_rules((*unfreeze, (".*", 0)), shapes, axes, name="unfreeze")
+  step = lambda x: np.where(x < 1, np.round(np.asarray(x) * steps), x).astype(np.int32)
+  return {path: step(x) for path, x in trees.flatten(found).items()}
+
+
+def _toward_init(share: float) -> optax.GradientTransformationExtraArgs:
+  def update(updates, state, params=None, **_):
+    return jax.tree.map(lambda u, p, first: u + np.float32(share) * (p - first), updates, params, state), state
+
+  copy = lambda params: jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+  return optax.GradientTransformationExtraArgs(copy, update)
 
 
 def _algorithm(name: str, leaves: dict, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -146,7 +205,9 @@ def _leaf(shape: tuple, axes: tuple) -> _Leaf:
   stacked = trees.is_stacked(axes)
   own = tuple(axes[1:] if stacked else axes)
   rows = 0 if len(own) < 2 else (1 if len(own) == 2 or own[0] == "embed" else len(own) - 1)
-  return _Leaf(shape[0] if stacked else 0, rows, bool(rows) and "embed" in own and "vocab" not in own)
+  return _Leaf(
+    shape[0] if stacked else 0, rows, bool(rows) and "embed" in own and not {"vocab", "positions"} & set(own)
+  )
 
 
 def _f32(x: Any) -> Any:

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxft.data import build, cache, clean, report, tasks
+from jaxft.data import build, cache, clean, crew, report, tasks
 from jaxft.errors import InputError, StorageError
 
 PAIRS = [(f"in {i}", f"out {'x' * (i % 5)}{i}") for i in range(17)]
@@ -90,7 +90,7 @@ def test_machines_without_affinity(make_store, monkeypatch):
   monkeypatch.delattr(os, "sched_getaffinity")  # macOS
   assert len(make_store(PAIRS, workers=0)) == 17
   monkeypatch.setattr(os, "cpu_count", lambda: None)
-  assert build._cores() == 1
+  assert crew.cores() == 1
 
 
 def test_paths_and_other_things_as_sources(make_store, tmp_path):
@@ -243,7 +243,7 @@ def test_bad_policies(make_store, given):
 
 def test_damaged_cache_is_built_again(make_store, caplog):
   folder = make_store(PAIRS).folder
-  with open(folder / "targets.tokens", "r+b") as f:
+  with open(folder / "targets.values", "r+b") as f:
     f.truncate(10)
   s = make_store(PAIRS)
   assert s.texts(16) == PAIRS[16] and len(s.tokens("targets", 16)) == len(PAIRS[16][1]) + 1 and "damaged" in caplog.text
@@ -268,7 +268,7 @@ RACE = """
 import sys, time
 from jaxft.data import cache, clean, tasks, encoders
 class Bytes:
-  name, size, pad, eos, fingerprint = "b", 256, 0, 1, "f"
+  name, size, pad, bos, eos, sep, fingerprint = "b", 256, 0, None, 1, None, "f"
   encoder = type("E", (), dict(encode=staticmethod(lambda texts: (time.sleep(0.01), [[*t.encode(), 1] for t in
   texts])[1])))()
 s = cache.open_or_build(sys.argv[1], tokenizer=Bytes(), task=tasks.Task("seq2seq", "{a}", "{b}"),

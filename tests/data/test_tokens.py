@@ -50,10 +50,44 @@ def test_slow_tokenizers_go_through_transformers(byt5):
   assert again._hf is None and again.encode(TEXTS) == byt5.encode(TEXTS) and slow.encode([]) == []
 
 
-@pytest.mark.parametrize("name", ["byt5", "unigram"])
+@pytest.mark.parametrize("name", ["byt5", "unigram", "wordpiece", "bytelevel"])
 def test_encoder_pickles(name, request):
   t = request.getfixturevalue(name)
-  assert pickle.loads(pickle.dumps(t.encoder)).encode(TEXTS) == t.encode(TEXTS)
+  again = pickle.loads(pickle.dumps(t.encoder))
+  assert again.encode(TEXTS) == t.encode(TEXTS) and again.types == t.encoder.types == (name == "wordpiece")
+  assert again.encode_pairs(TEXTS, TEXTS[::-1]) == t.encoder.encode_pairs(TEXTS, TEXTS[::-1])
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "bytelevel", "bosbpe", "unigram", "byt5"])
+def test_pairs_equal_transformers(name, request):
+  t = request.getfixturevalue(name)
+  others = [*TEXTS[3:], *TEXTS[:3]]
+  ids, types, places = t.encoder.encode_pairs(TEXTS, others)
+  want = t.hf(TEXTS, others)
+  assert ids == want["input_ids"] and types == want.get("token_type_ids", [[]] * len(TEXTS))
+  for pair, (a, b, c, d), *both in zip(ids, places, TEXTS, others):
+    alone = [t.hf(x, add_special_tokens=False)["input_ids"] for x in both]
+    assert pair[a:b] == alone[0] and pair[c:d] == alone[1] and 0 <= a <= b <= c <= d <= len(pair)
+
+
+def test_offsets_and_special_tokens(bosbpe):
+  ((ids, offsets, added),) = bosbpe.encoder.encode_offsets(["a </s> man"], special=True)
+  assert ids == bosbpe.hf("a </s> man")["input_ids"] and added.tolist() == [True] + [False] * (len(ids) - 1)
+  at = ids.index(bosbpe.eos)
+  assert offsets.dtype == "int32" and offsets[at].tolist() == [2, 6]
+  ((bare, _, none),) = bosbpe.encoder.encode_offsets(["a </s> man"], special=False)
+  assert bare == ids[1:] and not none.any()
+
+
+def test_special_ids(wordpiece, bytelevel, unigram):
+  assert (wordpiece.bos, wordpiece.eos, wordpiece.sep, wordpiece.pad, wordpiece.unk) == (None, None, 3, 0, 1)
+  assert (bytelevel.bos, bytelevel.eos, bytelevel.pad, bytelevel.unk) == (
+    0,
+    0,
+    None,
+    None,
+  )  # 0 says the end, not unknown
+  assert (unigram.eos, unigram.unk) == (1, 2)
 
 
 def test_save_and_fingerprint(unigram, byt5, tmp_path):

@@ -73,14 +73,14 @@ def loss_fn(model, batch, key):
   return losses.seq2seq(model, batch, key, label_smoothing=0.2, z_loss=0.1)  # must not show in the reported loss
 
 
-def run(model, batch, pack, devices):
+def run(model, batch, pack, devices, **more):
   mesh = sharding.make_mesh(dict(data=devices, fsdp=1), jax.devices()[:devices])
   rows = evaluators.whole_batch(batch, mesh, RULES)
   batches = pipeline.Batches(Store(), seed=0, batch=rows, lengths=CAPS, pack=pack, buckets=(), shuffle=False)
   told = []
   e = evaluators.LossEvaluator(
     "valid", 5, skeleton=model[0], batches=batches, loss_fn=loss_fn, mesh=mesh, rules=RULES,
-    progress=lambda: lambda *a: told.append(a))  # fmt: skip
+    progress=lambda: lambda *a: told.append(a), **more)  # fmt: skip
   assert (e.name, e.every) == ("valid", 5)
   values = e.run(model[1], 0)
   assert set(values) == set(e.gives) and told == [(i + 1, len(told)) for i in range(len(told))]
@@ -106,6 +106,14 @@ def test_loss_by_hand_and_in_any_batch(model):
     assert run(model, batch, pack, devices) == pytest.approx(want, rel=1e-6)
 
 
+def test_loss_of_words_and_bytes(model):
+  plain, values = run(model, 8, True, 1), run(model, 8, True, 1, counts=dict(words=30, bytes=170))
+  nll = plain["loss"] * plain["tokens"]
+  want = dict(plain, word_perplexity=math.exp(nll / 30), byte_perplexity=math.exp(nll / 170))
+  assert values == pytest.approx(dict(want, bits_per_byte=math.log2(want["byte_perplexity"])))
+  assert set(plain) == {"loss", "perplexity", "accuracy", "tokens"}
+
+
 def test_no_targets_is_refused(model):
   with pytest.raises(InputError, match="not one supervised token"):
     mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
@@ -122,7 +130,13 @@ def test_no_targets_is_refused(model):
       ),
     )()
     evaluators.LossEvaluator(
-      "v", 0, skeleton=model[0], batches=empty, loss_fn=loss_fn, mesh=mesh, rules=dict(batch="data"),
+      "v",
+      0,
+      skeleton=model[0],
+      batches=empty,
+      loss_fn=loss_fn,
+      mesh=mesh,
+      rules=dict(batch="data"),
       progress=lambda: lambda *a: None,
     ).run(model[1], 0)
 
@@ -137,7 +151,13 @@ def test_generate(model, tmp_path):
   )  # one row that is right
   told = []
   e = evaluators.GenerateEvaluator(
-    "gen", 0, generator=g, store=store, names=("chrf", "exact_match"), samples=4, folder=tmp_path / "samples",
+    "gen",
+    0,
+    generator=g,
+    store=store,
+    names=("chrf", "exact_match"),
+    samples=4,
+    folder=tmp_path / "samples",
     progress=lambda: lambda *a: told.append(a),
   )
   values = e.run(params, 70)

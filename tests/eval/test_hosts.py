@@ -1,7 +1,7 @@
 """Evaluators and batch decode on two processes with two devices each: the same numbers and the same file as on one.
 
 Catches: sums of one host's rows reported, hosts that feed the same rows twice, outputs of the other host lost, two
-writers.
+writers, labels of the other host's rows taken for padding.
 """
 
 import pathlib
@@ -21,6 +21,7 @@ if hosts > 1:
   jax.distributed.initialize("127.0.0.1:" + port, hosts, me)
 sys.path[:0] = [tests + "/infer", tests + "/eval"]
 import test_evaluators as t
+import test_predict as p
 from jaxft.infer import batch_decode
 sk, mesh, store = t.tiny.skeleton(), t.sharding.make_mesh(dict(data=-1, fsdp=1)), t.Store()
 whole = lambda x: jax.make_array_from_callback(x.shape, t.sharding.replicated(mesh), lambda i: x[i])
@@ -36,7 +37,14 @@ text = t.evaluators.GenerateEvaluator("g", 0, generator=g, store=store, names=("
 text = text.run(params, 0)
 rows = [dict(id=i, text=store.texts(i)[0]) for i in range(t.N)]
 batch_decode.decode(g, params, rows, out, render=batch_decode.renderer(["{text}"], str.strip), about={})
-print("RESULT", loss["loss"], loss["accuracy"], loss["tokens"], *text.values(), flush=True)
+told = []
+for kind, grader, fn, outputs in (("classify", p.graders.Classes(("accuracy", "mcc"), p.CLASSES), p.entries, 3),
+    ("tag", p.graders.Tags(("f1", "token_accuracy"), p.TAGS), p.tokens, 5)):
+  e = p.predict.PredictEvaluator(kind, 0, predict=fn, grader=grader, loss=p.cross_entropy if outputs == 3 else None,
+    batches=p.Batches(p.Store(), kind, 4, True), store=p.Store(), samples=5, folder=out.parent / f"samples{hosts}",
+    **where, **quiet)
+  told += e.run(whole(p.table(outputs)), 0).values()
+print("RESULT", loss["loss"], loss["accuracy"], loss["tokens"], *text.values(), *told, flush=True)
 """
 
 
@@ -72,3 +80,8 @@ def test_two_hosts_equal_one(tmp_path):
   assert first == second == pytest.approx(one, rel=1e-6)
   assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
   assert not list(tmp_path.glob("*.parts"))
+  names = {"classify-0.jsonl", "classify-0-confusion.json", "classify-confusion.png", "tag-0.jsonl"}
+  for folder in ("samples1", "samples2"):
+    assert {f.name for f in (tmp_path / folder).iterdir()} == names
+  for name in names:
+    assert (tmp_path / "samples1" / name).read_bytes() == (tmp_path / "samples2" / name).read_bytes()

@@ -99,7 +99,7 @@ class Table:
     self.logits = jnp.asarray(logits_VV, jnp.float32)
 
   def start(self, inputs_BT, segments_BT, beams, length):
-    return dict(index=jnp.int32(0))
+    return dict(index=jnp.int32(0)), jnp.zeros(inputs_BT.shape[0], jnp.int32)
 
   def step(self, tokens_BK, cache):
     return self.logits[tokens_BK], dict(index=cache["index"] + 1)

@@ -148,7 +148,8 @@ def test_what_is_off_or_harmless_passes_without_a_word(caplog):
 def test_ids_outside_the_vocabulary_bar_nothing():
   """Old files say suppress_tokens [-1] for "none"; the last entry is not meant."""
   o = options.Options(**BASE, suppress=(-1, 5, 99), begin_suppress=(-2,))
-  out = sampling.constrain(np.zeros((1, 1, 8), np.float32), np.zeros((1, 1, 4), np.int32), np.int32(0), o)
+  nothing = (np.zeros((1, 1, 4), np.int32), np.int32(0), np.zeros((1, 1), np.int32))
+  out = sampling.constrain(np.zeros((1, 1, 8), np.float32), *nothing, o)
   assert np.flatnonzero(np.isneginf(out)).tolist() == [5]
 
 

@@ -116,9 +116,10 @@ def test_causality_by_gradient():
 
   def outputs(x_in, x_dec):  # float embeddings instead of tokens, so that there is something to differentiate
     mask = attention.segment_mask(inside, inside, causal=False)
-    context = model.encoder(x_in, mask, None, None, None)
+    context = model.encoder(x_in, inside, mask, None)
     self_mask = attention.segment_mask(segments, segments, causal=True)
-    return model.decoder(x_dec, self_mask, context, attention.segment_mask(segments, inside, causal=False), None)
+    cross_mask = attention.segment_mask(segments, inside, causal=False)
+    return model.decoder(x_dec, segments, self_mask, None, context=context, cross_mask=cross_mask)
 
   x = [np.random.RandomState(i).standard_normal((1, 10, 12)).astype(np.float32) for i in range(2)]
   to_in, to_dec = jax.jit(jax.jacrev(outputs, (0, 1)), compiler_options=FAST)(*x)
@@ -137,11 +138,12 @@ def test_steps_equal_teacher_forcing(beams):
   targets = np.random.RandomState(3).randint(2, 37, (2, beams, 8)).astype(np.int32)
   forward = jax.jit(lambda b: loss(sk, params, b)[1], compiler_options=FAST)
   want = np.stack([forward({**batch, "targets": targets[:, k]}) for k in range(beams)], 1)
-  fed = np.concatenate([np.full((2, beams, 1), CONFIG["decoder_start_token_id"], np.int32), targets], -1)
+  fed = np.pad(targets, ((0, 0), (0, 0), (1, 0)))  # `start` says what comes first
 
   def run(tokens):
     model = sk.bind(params)
-    cache = model.start(batch["inputs"], batch["input_segments"], beams, 11)
+    cache, first = model.start(batch["inputs"], batch["input_segments"], beams, 11)
+    tokens = tokens.at[..., 0].set(first[:, None])
     step = lambda cache, t: tuple(reversed(model.step(t, cache)))
     return jax.lax.scan(step, cache, jnp.moveaxis(tokens, -1, 0))
 
@@ -159,7 +161,7 @@ def test_reorder_continues_the_parent():
 
   def run(tokens, parents, last):
     model = sk.bind(params)
-    cache = model.start(batch["inputs"], batch["input_segments"], 3, 6)
+    cache, _ = model.start(batch["inputs"], batch["input_segments"], 3, 6)
     for t in range(4):
       cache = model.step(tokens[t], cache)[1]
     return model.step(last, model.reorder(cache, parents))[0]

@@ -262,7 +262,7 @@ def test_real_model_compiles_without_involuntary_rematerialization(capfd):
   flags = trees.trainable(ALL, s.shapes, s.axes)
   tx, lr = optimizer.make(**NUMBERS, shapes=s.shapes, axes=s.axes, trainable=flags)
   abstract = step.abstract_state(s.shapes, places, tx, flags)
-  loss = lambda p, rows, key: losses.seq2seq(s.bind(p), rows, key, label_smoothing=0.1, z_loss=1e-3)
+  loss = lambda p, rows, key: losses.seq2seq(s.bind(p), rows, key, losses.Options(0.1, 1e-3))
   fn = step.make_train_step(loss, tx, lr, 2, trainable=flags, pins=step.shardings_of(abstract.params))
   rows = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in toy.batch().items()}
   step.jit_train_step(fn, mesh, RULES, abstract).lower(abstract, rows).compile(FAST)

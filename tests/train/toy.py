@@ -69,9 +69,8 @@ class Toy:
 
 def loss(rate=0.0, e=0.1, z=1e-3):
   """Returns the loss function that a train step takes."""
-  return lambda params, batch, key: losses.seq2seq(
-    Toy(params, rate), batch, key if rate else None, label_smoothing=e, z_loss=z
-  )
+  o = losses.Options(e, z)
+  return lambda params, batch, key: losses.seq2seq(Toy(params, rate), batch, key if rate else None, o)
 
 
 def batch(seed=0, rows=B):

@@ -1,0 +1,20 @@
+r"""BERT on MRPC: do two sentences say the same? Fine-tuning of everything with AdamW and a linear warm-up.
+
+python -m jaxft.main --config=configs/bert_mrpc.py --workdir=runs/mrpc        (bert-base-uncased and GLUE, from the Hub)
+python -m jaxft.main --config=configs/bert_mrpc.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
+python -m jaxft.main --config=configs/bert_mrpc.py --config.model.init=FOLDER --config.data.train=train.jsonl ...
+"""
+
+from jaxft import config, standin
+
+
+def get_config(arg: str = ""):
+  c = config.base()
+  c.model.init = "google-bert/bert-base-uncased"
+  c.task.update(kind="classify", input="{sentence1}", pair="{sentence2}")
+  c.data.update(train="hub:nyu-mll/glue/mrpc:train", validation="hub:nyu-mll/glue/mrpc:validation")
+  c.data.lengths, c.epochs, c.batch = dict(inputs=128), 3.0, 16  # a packed row holds 2.2 pairs: 35 of them a step
+  c.optimizer.update(lr=5e-5, warmup=0.1, decay=0.01)
+  c.evals = dict(classify=dict(config.EVAL["classify"], every=50, metrics=("accuracy", "f1")))
+  c.save.update(best="eval/classify/f1", mode="max")
+  return standin.apply(c, "bert", "pairs") if arg == "tiny" else c

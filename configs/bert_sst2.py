@@ -1,0 +1,20 @@
+r"""BERT on SST-2: is a sentence of a film review positive?
+
+python -m jaxft.main --config=configs/bert_sst2.py --workdir=runs/sst2        (bert-base-uncased and GLUE, from the Hub)
+python -m jaxft.main --config=configs/bert_sst2.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
+"""
+
+from jaxft import config, standin
+
+
+def get_config(arg: str = ""):
+  c = config.base()
+  c.model.init = "google-bert/bert-base-uncased"
+  c.task.update(kind="classify", input="{sentence}")
+  c.data.update(train="hub:nyu-mll/glue/sst2:train", validation="hub:nyu-mll/glue/sst2:validation")
+  c.data.lengths, c.epochs, c.batch = dict(inputs=128), 3.0, 8  # a packed row holds about 8 of its phrases
+  c.optimizer.update(lr=3e-5, warmup=0.1, decay=0.01)
+  c.evals = dict(classify=dict(config.EVAL["classify"], every=500, metrics=("accuracy", "f1", "mcc")))
+  c.save.update(best="eval/classify/accuracy", mode="max")
+  c.stop.update(metric="eval/classify/accuracy", mode="max", patience=5)
+  return standin.apply(c, "bert", "sentiment") if arg == "tiny" else c

@@ -1,0 +1,21 @@
+r"""Llama 3.2 1B, taught to answer: chats in the model's own template, loss on the answers alone.
+
+python -m jaxft.main --config=configs/llama_sft.py --workdir=runs/sft --config.data.train=chats.jsonl \
+  --config.data.validation=dev.jsonl                                     (messages, or prompt and completion)
+python -m jaxft.main --config=configs/llama_sft.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
+"""
+
+from jaxft import config, standin
+
+
+def get_config(arg: str = ""):
+  c = config.base()
+  c.model.update(init="meta-llama/Llama-3.2-1B-Instruct", remat="block")
+  c.task.update(kind="sft")
+  data = "hub:HuggingFaceH4/no_robots"
+  c.data.update(train=f"{data}:train", validation=f"{data}:test", too_long="drop", too_long_share=0.1)
+  c.data.lengths, c.epochs, c.batch = dict(inputs=2048), 2.0, 16
+  c.optimizer.update(lr=1e-5, schedule="cosine", warmup=0.03, b2=0.95)
+  c.evals = dict(loss=dict(config.EVAL["loss"], every=100, batch=8))
+  c.save.update(best="eval/loss/loss")
+  return standin.apply(c, "llama", "chats") if arg == "tiny" else c

@@ -1,0 +1,79 @@
+"""The kinds of task: what each makes of a row, and what of that a batch has. A new kind is a new entry of KINDS."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxft.data import chat, classify, columns, lm, tagging
+from jaxft.data.fields import Aligned, Columns, Example, Objective
+from jaxft.data.templates import fields, render
+
+DEFAULTS = (columns.INPUT, columns.TARGET)
+
+
+def _render_pair(task: Any, row: dict, fix: Callable[[str], str], where: str, template: Any) -> Example:
+  chats = any(f.startswith("chat.") for f in (*fields(task.input), *fields(task.target)))
+  row, nulls = chat.prepare(row, where) if chats else (row, 0)
+  input, input_chars, more = render(task.input, "input", row, fix, where)
+  target, target_chars, most = render(task.target, "target", row, fix, where)
+  return Example(input, target, input_chars, target_chars, nulls + more + most, (input, target))
+
+
+def _encode_pair(examples, job) -> Columns:
+  sides = dict(zip(("inputs", "targets"), zip(*(e.parts for e in examples)) if examples else ((), ())))
+  return Columns({name: job.encoder.encode(list(texts)) for name, texts in sides.items()})
+
+
+def _both(task) -> bool:
+  return (task.input, task.target) == DEFAULTS
+
+
+def _either(task) -> bool:
+  return task.input == columns.INPUT or task.label == columns.LABEL
+
+
+WEIGHTS = Aligned("inputs", "uint8", "weights", "float32")
+TYPES = Aligned("inputs", "uint8", "input_types", "int32")  # only where a tokenizer gives them
+SEQ2SEQ = Objective(
+  sides=("inputs", "targets"), options=("target", "mix"), default=_both, resolve=columns.resolve_pair,
+  render=_render_pair, encode=_encode_pair, ends="targets", weighted=True,
+)  # fmt: skip
+CAUSAL = Objective(
+  sides=("inputs",), options=("stride",), default=lambda task: task.input == columns.INPUT,
+  resolve=columns.resolve_text, render=lm.render_document, encode=lm.encode_documents, ends="inputs", split=True,
+  weighted=True,
+)  # fmt: skip
+SFT = Objective(
+  sides=("inputs",), options=("target", "mix", "turns"), default=_both, resolve=columns.resolve_prompt,
+  render=lm.render_completion, encode=lm.encode_completions, aligned=dict(weights=WEIGHTS), ends="inputs", cut="start",
+  weighted=True, blank="no part of them is an answer",
+)  # fmt: skip
+CLASSIFY = Objective(
+  sides=("inputs",), options=("pair", "label", "labels", "multi"), default=_either, resolve=columns.resolve_label,
+  render=classify.render_label, encode=classify.encode_label, aligned=dict(types=TYPES), scalars=dict(labels="int32"),
+  labelled="labels", balanced=True,
+)  # fmt: skip
+KINDS = dict(
+  seq2seq=SEQ2SEQ,
+  causal=CAUSAL,
+  sft=SFT,
+  prefix_lm=SFT._replace(aligned=dict(weights=WEIGHTS, prefix=Aligned("inputs", "uint8", "input_prefix", "int32"))),
+  classify=CLASSIFY,
+  regress=CLASSIFY._replace(
+    options=("pair", "label"), resolve=columns.resolve_score, render=classify.render_numbers,
+    encode=classify.encode_numbers, scalars=dict(labels="float32"), labelled="", balanced=False,
+  ),
+  tag=Objective(
+    sides=("inputs",), options=("label", "labels", "scheme"), default=_either, resolve=columns.resolve_tags,
+    render=tagging.render_tags, encode=tagging.encode_tags,
+    aligned=dict(weights=WEIGHTS, targets=Aligned("inputs", "int32", "targets", "int32")), labelled="targets",
+    weighted=True, blank="no word of theirs gives a token",
+  ),
+)  # fmt: skip
+MULTI = CLASSIFY._replace(  # classify with any number of labels a row
+  render=classify.render_labels, encode=classify.encode_labels, scalars=dict(labels="float32"), balanced=False
+)
+
+
+def of(kind: str, multi: bool) -> Objective:
+  """Returns the objective of a kind of task, `multi` as `task.multi`."""
+  return MULTI if kind == "classify" and multi else KINDS[kind]

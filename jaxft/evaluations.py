@@ -1,0 +1,88 @@
+"""From the `evals` of a config to evaluators, for the loop and for the evaluation binary."""
+
+import functools
+import logging
+import pathlib
+from typing import Any
+
+from jaxft import display, modeling, setup
+from jaxft.config import EVAL, Reader
+from jaxft.data import cache, pipeline, tasks
+from jaxft.data import report as data_report
+from jaxft.errors import InputError
+from jaxft.eval import evaluators, graders, predict
+from jaxft.infer import options
+from jaxft.infer.generate import Generator
+from jaxft.train import losses
+
+log = logging.getLogger("jaxft")
+
+
+def make(c: Reader, m: modeling.Model, home: pathlib.Path | None, *, needed: bool = False) -> list:
+  """Returns the evaluators of `c.evals`; samples go to home/samples. `needed`: that there are none is an InputError."""
+  made = []
+  if needed and not c.evals:
+    raise InputError("config: evals is empty; add for example c.evals = dict(loss=dict(kind='loss')).")
+  for name, e in c.evals.items():
+    if e["every"] < 0:
+      raise InputError(f"config: evals.{name}.every is {e['every']}; it is a number of steps, or 0 for the end alone.")
+    bar = functools.partial(display.Bar, f"eval/{name}", quiet=3.0, live=needed)  # training has a bar of its own
+    made.append(_one(c, m, home, name, e, bar))
+    made[-1].start = e["start"]
+  return made
+
+
+def _one(c: Reader, m: modeling.Model, home: pathlib.Path | None, name: str, e: dict, bar: Any) -> Any:
+  task = setup.task(c)
+  if isinstance(e["data"], dict) and (task.input, task.target) == tasks.DEFAULTS:
+    raise InputError(
+      f"config: evals.{name}.data is a dict of parallel files, whose order a config does not keep here; say which "
+      f"column is which: task.input='{{{next(iter(e['data']))}}}' and so on."
+    )
+  if e["kind"] not in ("loss", "generate", task.kind):
+    fit = [k for k in EVAL if k in ("loss", task.kind) or (k == "generate" and m.skeleton.kind == "lm")]
+    raise InputError(
+      f"config: evals.{name}.kind is {e['kind']!r}; for a task of kind {task.kind} there is {', '.join(fit)}."
+    )
+  key = f"data.validation (or evals.{name}.data)"
+  data = setup.store(c, m.tokenizer, e["data"] or c.data.validation, key, labels=m.skeleton.labels, limit=e["limit"])
+  setup.check_positions(m, data, key)
+  said = data_report.notice(data.report)
+  if said:
+    log.warning("The data of evals.%s: %s.", name, said)
+  folder = home / "samples" if home else None
+  if e["kind"] == "generate":
+    return _generate(m, name, e, data, folder, bar)
+  once = pipeline.Batches(
+    data, seed=0, batch=evaluators.whole_batch(e["batch"], m.mesh, m.rules), lengths=c.data.lengths, pack=c.data.pack,
+    buckets=tuple(c.data.buckets), shuffle=False)  # fmt: skip
+  more = dict(batches=once, mesh=m.mesh, rules=m.rules, progress=bar)
+  told = setup.loss_options(c, data, plain=True)
+  if e["kind"] == "loss":
+    loss = losses.make(task.kind, told)
+    return evaluators.LossEvaluator(name, e["every"], skeleton=m.skeleton, loss_fn=loss, **more)
+  out = losses.OUTPUTS[task.kind]
+  return predict.PredictEvaluator(
+    name, e["every"], predict=lambda params, batch: out(m.skeleton.bind(params), batch, None),
+    grader=graders.make(task.kind, e["metrics"], labels=m.skeleton.labels, multi=task.multi),
+    loss=lambda outputs, batch: losses.of_outputs(task.kind, outputs, batch, told), store=data, samples=e["samples"],
+    folder=folder, **more)  # fmt: skip
+
+
+def _generate(m: modeling.Model, name: str, e: dict, data: cache.Store, folder: pathlib.Path | None, bar: Any) -> Any:
+  if m.skeleton.kind != "lm":
+    raise InputError(
+      f"config: evals.{name}.kind is 'generate', which needs a language model, and this predicts labels."
+    )
+  how = options.read(
+    m.skeleton.generation,
+    modeling.generation_config(m),
+    beams=e["beams"],
+    temperature=0.0,
+    length_penalty=e["length_penalty"],
+    length=e["length"] or evaluators.answer_length(data),
+  )
+  engine = Generator(m.skeleton, m.tokenizer, how, batch=e["batch"], mesh=m.mesh, rules=m.rules)
+  return evaluators.GenerateEvaluator(
+    name, e["every"], generator=engine, store=data, names=e["metrics"], samples=e["samples"], folder=folder,
+    progress=bar)  # fmt: skip

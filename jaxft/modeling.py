@@ -1,0 +1,203 @@
+"""From a config to its model: where the weights come from, which head the task asks for, where the parameters live."""
+
+import dataclasses
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxft
+from jaxft import hub, sharding, trees
+from jaxft.config import Reader
+from jaxft.data import tokens
+from jaxft.errors import InputError, did_you_mean
+from jaxft.families import registry
+from jaxft.train import step
+
+log = logging.getLogger("jaxft")
+
+FOLDER = "model"  # in a run folder: config and tokenizer
+ASSETS = pathlib.Path(jaxft.__file__).parent / "assets"
+
+HEADS = dict(  # kind of task -> (kind of head, of registry.KINDS; what the model must be)
+  seq2seq=("lm", "encoder-decoder"),
+  span_corruption=("lm", "encoder-decoder"),
+  causal=("lm", "decoder"),
+  sft=("lm", "decoder"),
+  prefix_lm=("lm", "decoder"),
+  classify=("classify", ""),
+  regress=("classify", ""),
+  tag=("tag", "encoder or decoder"),
+  qa=("qa", "encoder or decoder"),
+  mlm=("mlm", "encoder"),
+  mlm_nsp=("mlm_nsp", "encoder"),
+)
+PARTS = (r"{}/dense/.*", r"{}/norm/.*", r"{}/(kernel|bias)")  # of a head, each of which a file has as a whole or not
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where a model comes from."""
+
+  folder: pathlib.Path | None  # of the weights it starts from; None: fresh ones
+  home: pathlib.Path | None  # a run folder, where there is one
+  json: dict  # config.json
+  tokenizer: tokens.Tokenizer
+  tokens_folder: pathlib.Path
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """The names of the labels of its head, () where it has none or they are placeholders."""
+    names = registry.label_names(self.json) if registry.head_kind(self.json) in registry.LABELLED else ()
+    return () if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model without its weights, and where they will live."""
+
+  folder: pathlib.Path | None  # of the weights it starts from; None: fresh ones
+  tokens_folder: pathlib.Path
+  skeleton: registry.Skeleton
+  stored: registry.Skeleton  # as the weights in `folder` are; differs from `skeleton` where the vocabulary grows
+  plain: registry.Skeleton  # `skeleton` without rematerialisation, for counting the model's own FLOPs
+  tokenizer: tokens.Tokenizer
+  mesh: jax.sharding.Mesh
+  rules: dict
+  shardings: Any
+
+  @property
+  def stored_shardings(self) -> Any:
+    return sharding.leaf_shardings(self.mesh, self.rules, self.stored.axes, self.stored.shapes)
+
+
+def locate(name: str) -> pathlib.Path:
+  """Returns the folder of a model or tokenizer: builtin:NAME, a folder, or a Hub id (downloaded)."""
+  if not name.startswith("builtin:"):
+    return hub.resolve(name)
+  known = sorted(p.name for p in ASSETS.iterdir() if p.is_dir())
+  if name.removeprefix("builtin:") not in known:
+    raise InputError(f"there is no {name}; the built-in models are {', '.join(known)}{did_you_mean(name[8:], known)}.")
+  return ASSETS / name.removeprefix("builtin:")
+
+
+def activations(dtype: str) -> jnp.dtype:
+  """Returns the dtype of activations; "auto" is bfloat16 on TPU and GPU, float32 on CPU."""
+  if dtype == "auto":
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return floating("model.dtype", dtype, ("auto", "bfloat16", "float32"))
+
+
+def floating(key: str, dtype: str, known: tuple[str, ...] = ("float32", "bfloat16", "float16")) -> jnp.dtype:
+  if dtype not in known:
+    raise InputError(f"config: {key} is {dtype!r}{did_you_mean(dtype, known)}; it is one of {', '.join(known)}.")
+  return jnp.dtype(dtype)
+
+
+def source(c: Reader, home: pathlib.Path | None = None) -> Source:
+  """Returns where the model of `c.model` comes from; with `home`, a run folder, what training left there (no weights
+  are needed for that).
+  """
+  init, given, named = c.model.init, c.model.config, c.model.tokenizer
+  if bool(init) == bool(given):
+    raise InputError(
+      "config: give either model.init (a folder or Hub id to start from) or model.config=dict(model_type=..., ...) "
+      f"(fresh weights); there {'are both' if init else 'is neither'}."
+    )
+  folder = locate(init) if init and home is None else None
+  json = hub.read_json(home / FOLDER / "config.json") if home else registry.read_config(folder) if folder else given
+  if not (named or folder or home):
+    raise InputError("config: model.tokenizer is empty; fresh weights need the folder or Hub id of a tokenizer.")
+  from_ = home / FOLDER if home else locate(named) if named else folder
+  return Source(folder, home, json, tokens.load(str(from_)), from_)
+
+
+def make(c: Reader, s: Source, want: registry.Wanted | None) -> Model:
+  """Returns the model of a source with the head `want` (None: its own), on the mesh of the config."""
+  mesh, rules = sharding.make_mesh(c.mesh), dict(c.rules)
+  if activations(c.model.dtype) == jnp.float32:
+    # float32 asked for is float32 meant: GPUs and TPUs would multiply in TF32 and bfloat16, a relative error of 1e-3
+    jax.config.update("jax_default_matmul_precision", "highest")
+  how = dict(
+    dtype=activations(c.model.dtype),
+    params_dtype=floating("model.params_dtype", c.model.params_dtype),
+    remat=c.model.remat,
+    unroll=c.model.unroll,
+    dropout=c.model.dropout,
+    attention_dropout=c.model.attention_dropout,
+    head_dropout=c.model.head_dropout,
+    neftune=c.model.neftune,
+    want=want,
+  )
+  stored = skeleton = registry.skeleton(s.json, **how)
+  if c.model.resize and s.tokenizer.size > skeleton.generation["vocab"]:
+    skeleton = registry.skeleton({**s.json, "vocab_size": s.tokenizer.size}, **how)
+  plain = skeleton if c.model.remat == "none" else registry.skeleton(skeleton.json, **{**how, "remat": "none"})
+  tokens.check_vocab(s.tokenizer, skeleton.generation["vocab"])
+  shardings = sharding.leaf_shardings(mesh, rules, skeleton.axes, skeleton.shapes)
+  here = s.folder or (s.home / FOLDER if s.home else None)
+  return Model(here, s.tokens_folder, skeleton, stored, plain, s.tokenizer, mesh, rules, shardings)
+
+
+def wanted(kind: str, json: dict, labels: tuple[str, ...], *, multi: bool, mlp: tuple[int, str]) -> registry.Wanted:
+  """Returns the head for a task of `kind` with these labels; raises InputError where the model is of the wrong sort.
+
+  `mlp` is (width, activation) of a head of our own, a width of 0 the family's head.
+  """
+  head, sort = HEADS[kind]
+  is_ = registry.sort(json)
+  if sort and is_ not in sort.split(" or "):
+    fit = [k for k, (_, s) in HEADS.items() if not s or is_ in s.split(" or ")]
+    raise InputError(
+      f"config: task.kind is {kind!r}, which needs an {sort}, and a {json['model_type']} is an {is_}; for it there is "
+      f"{', '.join(fit)}."
+    )
+  problem = None
+  if head == "classify":
+    problem = (
+      "regression" if kind == "regress" else "multi_label_classification" if multi else "single_label_classification"
+    )
+  return registry.Wanted(head, labels, problem, mlp if mlp[0] else None)
+
+
+def load(m: Model, seed: int, *, fresh: bool = False) -> Any:
+  """Returns the weights that training starts from, born with their shardings: read from the folder, or fresh.
+
+  `fresh`: what of the head the folder lacks, or has for other labels, is drawn anew, which is logged; otherwise it is
+  an error.
+  """
+  if m.folder is None:
+    return step.init_params(m.skeleton.init, seed, m.shardings)
+  names = dict(prefix=m.stored.prefix, renames=m.stored.renames)
+  heads = [part.format(name) for name, _ in m.stored.spec.heads for part in PARTS]
+  without = hub.lacking(m.folder, m.stored.rules, m.stored.shapes, heads, replace=fresh, **names)
+  if without and not fresh:
+    raise InputError(
+      f"{m.folder}: it has no head for this task ({', '.join(sorted(without))}); its outputs would be noise. Train it "
+      "first (python -m jaxft.main), or give the folder of a model that was."
+    )
+  params = hub.load(m.folder, m.stored.rules, m.stored.shapes, m.stored_shardings, without=without, **names)
+  if without:
+    log.info("Not in %s and drawn anew: %s.", m.folder, ", ".join(sorted(without)))
+    flat = trees.flatten(m.stored_shardings)
+    init = lambda key: trees.unflatten({p: x for p, x in trees.flatten(m.stored.init(key)).items() if p in without})
+    new = step.init_params(init, seed, trees.unflatten({p: flat[p] for p in flat if p in without}))
+    both = trees.flatten(params) | trees.flatten(new)
+    params = trees.unflatten({p: both[p] for p in flat})
+  if m.stored is m.skeleton:
+    return params
+  vocab = m.skeleton.generation["vocab"]
+  log.info(
+    "The vocabulary grows from %d to %d; new rows are the mean of the old ones.", m.stored.generation["vocab"], vocab
+  )
+  return jax.jit(lambda p: registry.resize(m.stored.json, p, vocab)[1], out_shardings=m.shardings)(params)
+
+
+def generation_config(m: Model) -> dict:
+  """Returns the generation_config.json beside the weights, or what transformers writes for a model that has none."""
+  file = m.folder / "generation_config.json" if m.folder else None
+  if file and file.exists():
+    return hub.read_json(file)
+  return m.skeleton.generation_config

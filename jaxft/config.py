@@ -64,7 +64,8 @@ EVAL = dict(  # `kind` says which of these it reads; metrics: eval/metrics.py an
   classify=dict(kind="classify", **_EACH, metrics=("accuracy", "f1_macro"), samples=8),
   regress=dict(kind="regress", **_EACH, metrics=("pearson", "spearman", "mse"), samples=8),
   tag=dict(kind="tag", **_EACH, metrics=("precision", "recall", "f1", "token_accuracy"), samples=8),
-  qa=dict(kind="qa", **_EACH, metrics=("exact_match", "f1"), samples=8),
+  # n_best: starts and ends of a window that are paired; max_answer_length: in tokens
+  qa=dict(kind="qa", **_EACH, metrics=("exact_match", "f1"), samples=8, n_best=20, max_answer_length=30),
 )
 
 
@@ -117,8 +118,10 @@ def _task() -> ConfigDict:
   c.labels = ()  # names of all labels in order; empty: those of the training data
   c.multi = False  # classify: any number of labels a row
   c.scheme = ""  # tag: iob2, iob1, bilou or none
-  c.stride = 0  # causal: tokens that each further piece of a long document repeats
+  c.stride = -1  # causal, qa: tokens that each further piece of a long text repeats; -1: 0, of qa 128
   c.mix = ()  # further pairs (input, target) of templates, one of all taken for a row each epoch
+  c.turns = "all"  # sft, prefix_lm, of a chat: which answers are learnt: all, last, each (in an example of its own)
+  c.template = ""  # chat template: a .jinja file or its text; empty: the tokenizer's own
   return c
 
 

@@ -1,8 +1,8 @@
 """Decodes: python -m jaxft.decode --model=FOLDER_OR_RUN --input=in.jsonl --output=out.jsonl --template="German: {en}"
 
-Reads JSON Lines with the template's fields and perhaps an `id` (else the number of the row), writes {"id", "output"}
-lines. Run again after a kill, it does what is missing; each id is there exactly once. Exit code 3: some rows have an
-"error" in place of an "output".
+Reads JSON Lines with the template's fields, or chats (`messages`) for a model with a chat template, and perhaps an `id`
+(else the number of the row), writes {"id", "output"} lines. Run again after a kill, it does what is missing; each id is
+there exactly once. Exit code 3: some rows have an "error" in place of an "output".
 """
 
 import types
@@ -36,18 +36,18 @@ def decode(
   not given).
   """
   cluster.join()
-  m, params, of_run, fix = runs.for_decoding(model, checkpoint, dtype)
-  templates = [template] if template else of_run
+  m, params, of_run, fix, chat = runs.for_decoding(model, checkpoint, dtype)
+  templates, chat = ([template], None) if template else (of_run, chat)
   how = options.read(m.skeleton.generation, modeling.generation_config(m), **runs.answer_length(m, generation))
   engine = Generator(m.skeleton, m.tokenizer, how, batch=batch, mesh=m.mesh, rules=m.rules)
   observe.log.info("Decoding %s with %s, template %s, %s.", input, model, " or ".join(map(repr, templates)), how)
   report = batch_decode.decode(
-    engine, params, sources.read(input), output, render=batch_decode.renderer(templates, fix.text),
+    engine, params, sources.read(input), output, render=batch_decode.renderer(templates, fix.text, chat),
     seed=seed,
     inputs_length=inputs_length, too_long=too_long, scores=scores, overwrite=overwrite,
     progress=display.Bar("decode"),
     about=dict(model=model, checkpoint=checkpoint, template=templates, strip=fix.strip, unicode=fix.unicode,
-               dtype=m.skeleton.dtype.name))  # fmt: skip
+               dtype=m.skeleton.dtype.name, **(dict(chat=chat.text) if chat else {})))  # fmt: skip
   observe.log.info(
     "%d rows in %.1f s (%d done before), %d errors, %d cut by the limit of %d tokens: %s",
     report.rows, report.seconds, report.resumed, report.errors, report.cut, how.length, output)  # fmt: skip

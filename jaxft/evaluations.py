@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxft import display, modeling, setup
 from jaxft.config import EVAL, Reader
-from jaxft.data import cache, pipeline, tasks
+from jaxft.data import cache, pipeline, qa, tasks
 from jaxft.data import report as data_report
 from jaxft.errors import InputError
 from jaxft.eval import evaluators, graders, predict
@@ -16,6 +16,7 @@ from jaxft.infer.generate import Generator
 from jaxft.train import losses
 
 log = logging.getLogger("jaxft")
+ANSWERS = ("seq2seq", "sft", "prefix_lm")  # kinds of task whose examples have a prompt and an answer
 
 
 def make(c: Reader, m: modeling.Model, home: pathlib.Path | None, *, needed: bool = False) -> list:
@@ -39,13 +40,16 @@ def _one(c: Reader, m: modeling.Model, home: pathlib.Path | None, name: str, e: 
       f"config: evals.{name}.data is a dict of parallel files, whose order a config does not keep here; say which "
       f"column is which: task.input='{{{next(iter(e['data']))}}}' and so on."
     )
-  if e["kind"] not in ("loss", "generate", task.kind):
-    fit = [k for k in EVAL if k in ("loss", task.kind) or (k == "generate" and m.skeleton.kind == "lm")]
+  fit = [k for k in EVAL if k == task.kind or (k == "generate" and task.kind in ANSWERS)]
+  fit += ["loss"] if task.kind != "regress" else []  # which has no cross-entropy, and whose own evaluation gives a loss
+  if e["kind"] not in fit:
     raise InputError(
       f"config: evals.{name}.kind is {e['kind']!r}; for a task of kind {task.kind} there is {', '.join(fit)}."
     )
   key = f"data.validation (or evals.{name}.data)"
-  data = setup.store(c, m.tokenizer, e["data"] or c.data.validation, key, labels=m.skeleton.labels, limit=e["limit"])
+  data = setup.store(
+    c, m.tokenizer, e["data"] or c.data.validation, key, labels=m.skeleton.labels, limit=e["limit"], mixed=False
+  )
   setup.check_positions(m, data, key)
   said = data_report.notice(data.report)
   if said:
@@ -61,19 +65,17 @@ def _one(c: Reader, m: modeling.Model, home: pathlib.Path | None, name: str, e: 
   if e["kind"] == "loss":
     loss = losses.make(task.kind, told)
     return evaluators.LossEvaluator(name, e["every"], skeleton=m.skeleton, loss_fn=loss, **more)
-  out = losses.OUTPUTS[task.kind]
+  out, answers = losses.OUTPUTS[task.kind], None
+  if task.kind == "qa":
+    answers = functools.partial(qa.answers, n_best=e["n_best"], max_answer_length=e["max_answer_length"])
   return predict.PredictEvaluator(
     name, e["every"], predict=lambda params, batch: out(m.skeleton.bind(params), batch, None),
-    grader=graders.make(task.kind, e["metrics"], labels=m.skeleton.labels, multi=task.multi),
+    grader=graders.make(task.kind, e["metrics"], labels=m.skeleton.labels, multi=task.multi, decode=answers),
     loss=lambda outputs, batch: losses.of_outputs(task.kind, outputs, batch, told), store=data, samples=e["samples"],
     folder=folder, **more)  # fmt: skip
 
 
 def _generate(m: modeling.Model, name: str, e: dict, data: cache.Store, folder: pathlib.Path | None, bar: Any) -> Any:
-  if m.skeleton.kind != "lm":
-    raise InputError(
-      f"config: evals.{name}.kind is 'generate', which needs a language model, and this predicts labels."
-    )
   how = options.read(
     m.skeleton.generation,
     modeling.generation_config(m),

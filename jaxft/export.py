@@ -13,12 +13,17 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxft import cli, hub, modeling, observe, runs, setup
+from jaxft import cli, hub, kinds, modeling, observe, runs, setup
 from jaxft.errors import InputError, NumbersError
 
 
-def write(m: modeling.Model, params: Any, folder: pathlib.Path, *, dtype: str, shard_gb: float) -> float:
-  """Writes `params` as a model folder, reads it again and returns the largest absolute difference."""
+def write(
+  m: modeling.Model, params: Any, folder: pathlib.Path, *, dtype: str, shard_gb: float, chat: str = ""
+) -> float:
+  """Writes `params` as a model folder, reads it again and returns the largest absolute difference.
+
+  `chat` is a chat template in place of the tokenizer's own.
+  """
   hub.save(
     folder,
     m.skeleton.rules,
@@ -29,6 +34,8 @@ def write(m: modeling.Model, params: Any, folder: pathlib.Path, *, dtype: str, s
     generation_config=modeling.generation_config(m) or None,
     tokenizer_from=m.tokens_folder,
   )
+  if chat and jax.process_index() == 0:
+    (folder / kinds.CHAT).write_text(chat, encoding="utf-8")
   difference = hub.verify(folder, m.skeleton.rules, params)
   same = dtype == np.dtype(jax.tree.leaves(params)[0].dtype).name
   if not np.isfinite(difference) or (same and difference > 0):

@@ -21,50 +21,51 @@ from jaxft.errors import InputError
 from jaxft.train import loop, step, workdir
 
 
-def train(c: ConfigDict, folder: str) -> loop.Outcome:
-  """Trains as `c` says in the run folder `folder`, or goes on there; what is left there is told in the README."""
+def train(c: ConfigDict, folder: str, way: setup.Way = setup.Way()) -> loop.Outcome:  # noqa: B008
+  """Trains as `c` says in the run folder `folder`, or goes on there; README tells what is left. `way`: of a sweep."""
   config.check(c)
   cluster.join()
   home = workdir.probe(workdir.path(folder))
   main = jax.process_index() == 0
-  observe.setup_logging(home, main=main)
+  way.logging(home, main=main)
   with workdir.held(home, config.to_json(c), main), runs.ending(home, main) as mark:
-    outcome = _train(config.Reader(c), c, home, main)
+    outcome = _train(config.Reader(c), c, home, main, way)
     mark(outcome.reason, outcome.step)
     return outcome
 
 
-def _train(c: config.Reader, whole: ConfigDict, home: pathlib.Path, main: bool) -> loop.Outcome:
+def _train(c: config.Reader, whole: ConfigDict, home: pathlib.Path, main: bool, way: setup.Way) -> loop.Outcome:
   observe.log.info("Compiled programs are kept in %s.", observe.compile_cache() or "memory only")
-  source = modeling.source(c)
-  data = setup.training_data(c, source)
-  m = setup.model_for(c, source, data)
-  batches = setup.batches(c, data, m)
-  t = setup.trainer(c, m, data, setup.total_steps(c, batches))
-  evals, plan, judge = evaluations.make(c, m, home), setup.plan(c, t, batches, m), setup.early_stop(c)
-  checkpointer, last = setup.checkpointer(c, home, m, data), setup.export_options(c)
-  observing = dict(steps=t.steps, tensorboard=c.log.tensorboard, main=main)
+  source = way.part(modeling.source, c)
+  data = way.part(setup.training_data, c, source)
+  m = way.part(setup.model_for, c, source, data)
+  batches = way.part(setup.batches, c, data, m)
+  t = setup.trainer(c, m, data, setup.total_steps(c, batches), way)
+  evals, events = setup.writing_to(home, way.part(evaluations.make, c, m, None)), c.log.tensorboard
+  plan, judge = setup.plan(c, t, batches, m), way.judge(setup.early_stop(c), t.steps, home)
+  checkpointer, last = setup.checkpointer(c, home, m, data), setup.export_options(c, m.tokenizer)
   if c.unread():
     raise InputError(f"config: nothing reads {', '.join(c.unread())}; remove it.")
-  if main:
-    runs.keep(m, home, [t["input"] for t in data.report["tasks"]])
   observe.log.info("%s", setup.summary(m, t))
   seen = data_report.make(data, batches, m.tokenizer)
   if main:
+    runs.keep(m, home, data.report["tasks"], last["chat"])
     (home / "data_report.txt").write_text(data_report.text(seen) + "\n", encoding="utf-8")
   observe.log.info("\n%s\n", data_report.text(seen, color=sys.stderr.isatty()))
 
   state, earlier = _state(c, m, t, checkpointer, data.folder.name)
   host, hosts = setup.feed(m, c.batch)
-  observer = observe.Observer(home, start=int(state.step), **observing)
-  with loop.Signals() as signals, contextlib.closing(observer):
-    outcome = loop.train(
-      t.step, state, lambda a, b: batches.stream(a, b, host, hosts), plan, put=setup.put(m, c.batch),
-      examples=setup.examples(data, batches), evaluators=evals, stop=judge, checkpointer=checkpointer,
-      observer=observer, signals=signals, evals=earlier)  # fmt: skip
-  best, params = runs.best_of(m, checkpointer, outcome)
-  export.write(m, params, home / "export", **last)
-  if main:
+  observer = observe.Observer(home, start=int(state.step), steps=t.steps, tensorboard=events, main=main)
+  with contextlib.closing(checkpointer):
+    with loop.Signals() as signals, contextlib.closing(observer):
+      outcome = loop.train(
+        t.step, state, lambda a, b: batches.stream(a, b, host, hosts), plan, put=setup.put(m, c.batch),
+        examples=setup.examples(data, batches), evaluators=evals, stop=judge, checkpointer=checkpointer,
+        observer=observer, signals=signals, evals=earlier)  # fmt: skip
+    if way.export:
+      best, params = runs.best_of(m, checkpointer, outcome)
+      export.write(m, params, home / "export", **last)
+  if main and way.export:
     _report(home, whole, outcome, best, seen)
   return outcome
 

@@ -129,6 +129,7 @@ def make(c: Reader, s: Source, want: registry.Wanted | None) -> Model:
     attention_dropout=c.model.attention_dropout,
     head_dropout=c.model.head_dropout,
     neftune=c.model.neftune,
+    prefix=c.task["kind"] == "prefix_lm",
     want=want,
   )
   stored = skeleton = registry.skeleton(s.json, **how)

@@ -4,12 +4,12 @@ import contextlib
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from jaxft import config, hub, modeling, setup, sharding, trees
+from jaxft import config, hub, kinds, modeling, setup, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import clean
 from jaxft.errors import InputError, NumbersError, StorageError
@@ -22,13 +22,17 @@ log = logging.getLogger("jaxft")
 TASK = "task.json"  # in modeling.FOLDER: the templates of the inputs, as the columns of the data have called for them
 
 
-def keep(m: modeling.Model, home: pathlib.Path, templates: Sequence[Any]) -> None:
+def keep(m: modeling.Model, home: pathlib.Path, tasks: Sequence[Mapping[str, Any]], chat: str = "") -> None:
   """Writes what a reader of the run needs beside the weights into home/model: the config.json files, the tokenizer, the
-  templates of the inputs."""
+  templates of the inputs. `tasks` is that of the data report, `chat` a chat template in place of the tokenizer's own.
+  """
   folder = home / modeling.FOLDER
   folder.mkdir(exist_ok=True)
   m.tokenizer.save(folder)
-  jsons = {TASK: dict(inputs=templates), "config.json": m.skeleton.json}
+  if chat:
+    (folder / kinds.CHAT).write_text(chat, encoding="utf-8")
+  given = dict(inputs=[t["input"] for t in tasks]) | (dict(chat=True) if any(t["chat"] for t in tasks) else {})
+  jsons = {TASK: given, "config.json": m.skeleton.json}
   if m.skeleton.kind == "lm":
     jsons["generation_config.json"] = modeling.generation_config(m)
   for name, value in jsons.items():
@@ -135,21 +139,22 @@ def best_of(m: modeling.Model, checkpointer: checkpoint.Checkpointer, outcome: l
   return outcome.step, train_step.whole(outcome.state)
 
 
-def for_decoding(name: str, which: str, dtype: str) -> tuple[modeling.Model, Any, list, clean.Options]:
-  """Returns (model, weights, input templates, what is done to each field) of a run folder, with which it was trained,
-  or of a Hugging Face folder or Hub id: {input}, stripped.
+def for_decoding(name: str, which: str, dtype: str) -> tuple[modeling.Model, Any, list, clean.Options, Any]:
+  """Returns (model, weights, input templates, what is done to each field, chat template or None) of a run folder, with
+  which it was trained, or of a Hugging Face folder or Hub id: {input}, stripped, and the tokenizer's chat template.
   """
   home = pathlib.Path(name).expanduser()
   if (home / modeling.FOLDER / "config.json").exists():
     c, m, checkpointer = run(name, dtype)
-    templates = hub.read_json(home / modeling.FOLDER / TASK)["inputs"]
-    return m, weights(m, checkpointer, pick(checkpointer, which)), templates, setup.cleaning(c)
+    given = hub.read_json(home / modeling.FOLDER / TASK)
+    chat = kinds.template(m.tokenizer) if given.get("chat") else None
+    return m, weights(m, checkpointer, pick(checkpointer, which)), given["inputs"], setup.cleaning(c), chat
   c = config.base()
   c.model.init, c.model.dtype = name, dtype
   c.model.params_dtype = modeling.activations(dtype).name
   c = Reader(c)
   m = modeling.make(c, modeling.source(c), None)
-  return m, modeling.load(m, 0), ["{input}"], setup.cleaning(c)
+  return m, modeling.load(m, 0), ["{input}"], setup.cleaning(c), kinds.template(m.tokenizer)
 
 
 def answer_length(m: modeling.Model, given: dict) -> dict:

@@ -1,15 +1,17 @@
 """From a config to the things a binary needs: the only place that unpacks one. Everything below takes arguments."""
 
+import copy
 import dataclasses
+import functools
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxft import flops, modeling, observe, sharding, trees
+from jaxft import flops, kinds, modeling, observe, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import cache, clean, pipeline, tasks, tokens
 from jaxft.errors import InputError, did_you_mean
@@ -21,6 +23,27 @@ log = logging.getLogger("jaxft")
 
 DONE = "done.json"  # in a run folder: why training ended, once it has
 
+# Numbers of a config that are arguments of the compiled step: other values compile nothing. Those of the second row
+# only where a sweep varies them: a constant 1 - b2 is rounded once, in float64.
+TRACED = ("optimizer.lr", "optimizer.eps", "optimizer.decay")
+TRACED_IN_SWEEPS = ("optimizer.b1", "optimizer.b2")
+
+
+def alone(make: Callable, c: Reader, *args: Any) -> Any:
+  """Returns make(c, *args): each part of a run made for itself, where `Way.part` may take one of an earlier run."""
+  return make(c, *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+  """How a run is made: by default by itself; a sweep has its own way for its trials."""
+
+  part: Callable = alone
+  live: tuple[str, ...] = ()  # paths in the config of what differs between runs that share parts
+  judge: Callable[[loop.EarlyStop, int, pathlib.Path], loop.EarlyStop] = lambda stop, steps, home: stop
+  export: bool = True  # and the report
+  logging: Callable = observe.setup_logging
+
 
 def cleaning(c: Reader) -> clean.Options:
   names = ("strip", "unicode", "min_chars", "max_chars", "max_ratio", "dedup")
@@ -28,9 +51,13 @@ def cleaning(c: Reader) -> clean.Options:
 
 
 def store(
-  c: Reader, tokenizer: tokens.Tokenizer, source: Any, key: str, *, labels: tuple[str, ...], limit: int = 0
-) -> cache.Store:
-  """Returns the tokenised examples of `source`; `key` names it in messages, `labels` are all it may have ((): any)."""
+  c: Reader, tokenizer: tokens.Tokenizer, source: Any, key: str, *, labels: tuple[str, ...], limit: int = 0,
+  mixed: bool = True,
+) -> cache.Store:  # fmt: skip
+  """Returns the tokenised examples of `source`; `key` names it in messages, `labels` are all it may have ((): any).
+
+  Not `mixed`: each row once, by the first pair of templates, as for evaluation.
+  """
   if not source:
     raise InputError(
       f"config: {key} is empty; give a path, hub:NAME, tfds:NAME, builtin:NAME, or a dict of parallel text files."
@@ -39,7 +66,7 @@ def store(
   return cache.open_or_build(
     source,
     tokenizer=tokenizer,
-    task=task(c),
+    task=task(c) if mixed else dataclasses.replace(task(c), mix=()),
     clean=cleaning(c),
     lengths=d.lengths,
     too_long=d.too_long,
@@ -48,11 +75,12 @@ def store(
     root=d.cache,
     workers=d.workers,
     labels=labels,
+    template=kinds.chats(c, tokenizer),
   )
 
 
 def task(c: Reader) -> tasks.Task:
-  t = dict(c.task)
+  t = {k: v for k, v in c.task.items() if k not in kinds.FIELDS}
   wrong = sorted(set(t) - {f.name for f in dataclasses.fields(tasks.Task)})
   if wrong:
     raise InputError(f"config: task.{wrong[0]} does not exist{did_you_mean(wrong[0], tasks.Task.__annotations__)}.")
@@ -138,6 +166,8 @@ def total_steps(c: Reader, data: pipeline.Batches) -> int:
 
 def loss_options(c: Reader, data: cache.Store, *, plain: bool = False) -> losses.Options:
   """Returns what the loss of training is told, or `plain`, that of evaluation: without what only training wants."""
+  if plain:
+    return losses.Options(multi=task(c).multi)
   weights, counts = c.loss.class_weights, data.class_counts
   if weights == "balanced" and counts is not None:
     weights = tuple(float(counts.sum() / (len(counts) * max(n, 1))) for n in counts)
@@ -149,8 +179,7 @@ def loss_options(c: Reader, data: cache.Store, *, plain: bool = False) -> losses
       f"config: loss.class_weights is {c.loss.class_weights!r}; it is 'balanced' or a number for each of the labels "
       f"{', '.join(map(str, data.labels or ())) or '(this task has none)'}."
     )
-  told = losses.Options(c.loss.label_smoothing, c.loss.z_loss, weights, multi=task(c).multi)
-  return losses.Options(multi=told.multi) if plain else told
+  return losses.Options(c.loss.label_smoothing, c.loss.z_loss, weights, multi=task(c).multi)
 
 
 def loss(c: Reader, skeleton: registry.Skeleton, data: cache.Store) -> step.Loss:
@@ -163,47 +192,86 @@ def loss(c: Reader, skeleton: registry.Skeleton, data: cache.Store) -> step.Loss
 class Trainer:
   """The compiled-on-first-use step and the state it takes."""
 
-  step: Any
+  step: step.Bound  # step(state, batch)
   abstract: step.TrainState
   tx: Any
   steps: int
+  flops: Callable[[dict], float]  # of a step, for what `pipeline.Batches.spec` says of its batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What is compiled of a `Trainer`: step(state, batch, numbers), for any values of the numbers with these names."""
+
+  jitted: Any
   plain: Any  # the step before jit and without rematerialisation, to count its FLOPs
+  abstract: step.TrainState
+  tx: Any
+  steps: int
+  names: tuple[str, ...]
+  counted: dict  # FLOPs by the shapes of a batch
+
+  def flops(self, spec: Mapping[str, tuple]) -> float:
+    """Returns the FLOPs of a step whose batch has {name: (shape, dtype)}."""
+    key = tuple((k, *map(str, x)) for k, x in sorted(spec.items()))
+    if key not in self.counted:
+      batch = {k: jax.ShapeDtypeStruct(*x) for k, x in spec.items()}
+      self.counted[key] = flops.count(self.plain, self.abstract, batch, dict.fromkeys(self.names, np.float32(0.5)))
+    return self.counted[key]
 
 
-def trainer(c: Reader, m: modeling.Model, data: cache.Store, steps: int) -> Trainer:
-  o = c.optimizer
+def numbers(c: Reader, live: Collection[str] = ()) -> dict[str, float]:
+  """Returns {path in the config: value} of what is an argument of the compiled step.
+
+  A decay of 0 is none: the program without it is shorter. It is one where it is `live`, so that all values of a sweep
+  have one program.
+  """
+  values = {path: float(_at(c, path)) for path in (*TRACED, *TRACED_IN_SWEEPS)}
+  lr, decay = values["optimizer.lr"], values["optimizer.decay"]
+  if lr < 0 or decay < 0:
+    raise InputError(f"config: optimizer.lr={lr} and optimizer.decay={decay} must not be negative.")
+  wanted = {"optimizer.lr", "optimizer.eps", *live} | ({"optimizer.decay"} if decay else set())
+  return {path: x for path, x in values.items() if path in wanted}
+
+
+def _at(c: Reader, path: str) -> Any:
+  return functools.reduce(getattr, path.split("."), c)
+
+
+def trainer(c: Reader, m: modeling.Model, data: cache.Store, steps: int, way: Way = Way()) -> Trainer:
+  """Returns the trainer of a config; its program may be that of an earlier run."""
+  given = numbers(c, way.live)
+  p = way.part(program, c, m, data, steps, tuple(given))
+  return Trainer(step.Bound(p.jitted, given, m.mesh), p.abstract, p.tx, steps, p.flops)
+
+
+def program(c: Reader, m: modeling.Model, data: cache.Store, steps: int, names: tuple[str, ...]) -> Program:
+  """Returns the program of a config, which reads everything but the values of `names`."""
   trainable = trees.trainable(c.trainable, m.skeleton.shapes, m.skeleton.axes)
-  names = (
-    "name",
-    "lr",
-    "schedule",
-    "warmup",
-    "cooldown",
-    "end",
-    "clip",
-    "b1",
-    "b2",
-    "eps",
-    "decay",
-    "decay_rules",
-    "lr_rules",
-    "layer_decay",
-    "toward_init",
-  )
-  tx, schedule = optimizer.make(
-    **{n: getattr(o, n) for n in names},
+  fields = ("name", "schedule", "warmup", "cooldown", "end", "clip", "decay_rules", "lr_rules", "layer_decay",
+            "toward_init")  # fmt: skip
+  free = [path for path in (*TRACED, *TRACED_IN_SWEEPS) if path not in names]
+  how = dict(
+    {n: getattr(c.optimizer, n) for n in fields} | {path.split(".")[-1]: _at(c, path) for path in free},
     unfreeze=c.unfreeze,
     steps=steps,
     shapes=m.skeleton.shapes,
     axes=m.skeleton.axes,
     trainable=trainable,
   )
+  made = lambda given: optimizer.make(**how, **{path.split(".")[-1]: x for path, x in given.items()})
+  tx, _ = made(dict.fromkeys(names, 0.5))  # its state and what it refuses do not depend on the numbers
   abstract = step.abstract_state(m.skeleton.shapes, m.shardings, tx, trainable)
-  one = lambda skeleton: step.make_train_step(
-    loss(c, skeleton, data), tx, schedule, c.micro, trainable=trainable, pins=step.shardings_of(abstract.params)
-  )
-  jitted = step.jit_train_step(one(m.skeleton), m.mesh, m.rules, abstract)
-  return Trainer(jitted, abstract, tx, steps, one(m.plain))
+  micro, pins = c.micro, step.shardings_of(abstract.params)
+
+  def one(skeleton):
+    of = loss(c, skeleton, data)
+    return lambda state, batch, given: step.make_train_step(of, *made(given), micro, trainable=trainable, pins=pins)(
+      state, batch
+    )
+
+  jitted = step.jit_train_step(one(m.skeleton), m.mesh, m.rules, abstract, hyper=True)
+  return Program(jitted, one(m.plain), abstract, tx, steps, names, {})
 
 
 def checkpointer(c: Reader, home: pathlib.Path, m: modeling.Model, data: cache.Store) -> checkpoint.Checkpointer:
@@ -217,6 +285,9 @@ def early_stop(c: Reader) -> loop.EarlyStop:
   return loop.EarlyStop(metric=s.metric, mode=s.mode, patience=s.patience, min_delta=s.min_delta)
 
 
+_peak = functools.cache(flops.peak)  # on a CPU it is measured
+
+
 def plan(c: Reader, t: Trainer, batches: pipeline.Batches, m: modeling.Model) -> loop.Plan:
   """Returns the numbers of the loop; FLOPs are counted from the program of the step, for each shape of a batch."""
   out = dict(log_every=c.log.every, save_every=c.save.every, save_minutes=c.save.minutes, skip=c.numbers.skip)
@@ -225,9 +296,8 @@ def plan(c: Reader, t: Trainer, batches: pipeline.Batches, m: modeling.Model) ->
       f"config: log.every={c.log.every}, save.every={c.save.every}, save.minutes={c.save.minutes}, numbers.skip="
       f"{c.numbers.skip}: log.every is at least 1, the others are 0 (off) or more."
     )
-  peak, source = flops.peak(jax.devices()[0], m.skeleton.dtype)
-  abstract = lambda i: {k: jax.ShapeDtypeStruct(*x) for k, x in batches.spec(i).items()}
-  work = [flops.count(t.plain, t.abstract, abstract(i)) for i in range(len(batches.shapes))]
+  peak, source = _peak(jax.devices()[0], m.skeleton.dtype)
+  work = [t.flops(batches.spec(i)) for i in range(len(batches.shapes))]
   of = lambda step: work[batches.bucket(step)]
   log.info(
     "A step takes %s FLOPs; peak of a device %.3g FLOP/s (%s).", " or ".join(f"{w:.3g}" for w in work), peak, source
@@ -247,11 +317,21 @@ def put(m: modeling.Model, batch: int):
   return lambda local: sharding.put_batch(local, rows, batch)
 
 
-def export_options(c: Reader) -> dict:
-  """Returns dtype and shard_gb of the exported folder."""
+def writing_to(home: pathlib.Path, evaluators: list) -> list:
+  """Returns copies of evaluators, with the same compiled functions, that write their samples below `home`."""
+  out = [copy.copy(e) for e in evaluators]
+  for e in out:
+    if hasattr(e, "_folder"):
+      e._folder = home / "samples"
+  return out
+
+
+def export_options(c: Reader, tokenizer: tokens.Tokenizer | None = None) -> dict:
+  """Returns dtype and shard_gb of the exported folder, and the chat template that takes the place of the tokenizer's;
+  none without `tokenizer`, as for a run folder, whose tokenizer has it."""
   dtype = c.export.dtype or c.model.params_dtype
   modeling.floating("export.dtype", dtype)
-  return dict(dtype=dtype, shard_gb=c.export.shard_gb)
+  return dict(dtype=dtype, shard_gb=c.export.shard_gb, chat=kinds.chat_text(c, tokenizer) if tokenizer else "")
 
 
 def summary(m: modeling.Model, t: Trainer) -> str:

@@ -16,7 +16,7 @@ from jaxft.data import clean as cleaning
 from jaxft.data import crew, sources
 from jaxft.data.clean import Options
 from jaxft.data.fields import Example, Ragged
-from jaxft.data.files import Meter, compact, like_a_sentence, place
+from jaxft.data.files import Meter, Row, compact, like_a_sentence, place
 from jaxft.data.labels import Labels, scheme_of
 from jaxft.data.progress import Progress
 from jaxft.data.tasks import Resolver, Task
@@ -82,6 +82,7 @@ class Job:
   dtype: str
   task: Task
   template: Any  # of chats, or None
+  lengths: dict[str, int]  # data.lengths, for objectives with `windows`
 
   def __call__(self, chunk: Chunk) -> Encoded:
     examples, kept, drops, nulls = [], [], [], 0
@@ -117,7 +118,9 @@ class Job:
       if isinstance(values, np.ndarray):
         fixed[name] = values
       else:
-        ragged[name] = Ragged.of(values, "int32" if name == objective.labelled else objective.scalars[name])
+        ragged[name] = Ragged.of(
+          values, "int32" if name == objective.labelled else (objective.scalars | objective.kept)[name]
+        )
     aligned = {}
     for name in objective.aligned.keys() & made.aligned.keys():
       values, (side, dtype, *_) = made.aligned[name], objective.aligned[name]
@@ -138,7 +141,7 @@ class Job:
 def chunks(source, task: Task, limit: int, meter: Meter) -> Iterator[Chunk]:
   """Cuts the rows of `source` into chunks of one origin each."""
   chunk, chars = None, 0
-  for row in sources.read(source, limit, meter):
+  for row in _rows(source, task, limit, meter):
     if chunk is None or row.origin != chunk.origin or len(chunk.rows) == CHUNK_ROWS or chars > CHUNK_CHARS:
       if chunk is not None:
         yield chunk
@@ -152,6 +155,17 @@ def chunks(source, task: Task, limit: int, meter: Meter) -> Iterator[Chunk]:
     chars += sum(len(v) for v in row.values() if isinstance(v, (str, bytes, list)))
   if chunk is not None:
     yield chunk
+
+
+def _rows(source, task: Task, limit: int, meter: Meter) -> Iterator[Row]:
+  for row in sources.read(source, limit, meter):
+    if task.objective.expand is None:
+      yield row
+      continue
+    for columns, _ in task.objective.expand(row, row.where):
+      one = Row(columns, row.origin, row.line)
+      one.repeat = row.repeat
+      yield one
 
 
 def build(folder: pathlib.Path, source, job: Job, *, labels: Labels, limit: int, workers: int) -> dict:
@@ -189,7 +203,11 @@ def build(folder: pathlib.Path, source, job: Job, *, labels: Labels, limit: int,
   counts = meta["counts"]
   names = ("input", "target", "pair", "label")
   read = ("input", *objective.options)
-  meta["tasks"] = [{n: getattr(t, n) for n in names if n in read} | dict(first=first) for t, first in templates.items()]
+  meta["tasks"] = [
+    {n: getattr(t, n) for n in names if n in read}
+    | dict(first=first, chat=job.template is not None and "turns" in read and t.chats)
+    for t, first in templates.items()
+  ]
   meta["headers"] = {name: cells for name, cells in meta["headers"].items() if cells}
   meta["eos_share"] = counts["ends"] / counts["examples"] if "ends" in counts else meta["eos_last"] / meta["stored"]
   meta["seconds"] = round(time.monotonic() - began, 2)

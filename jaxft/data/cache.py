@@ -24,7 +24,7 @@ from jaxft.data.tokens import Tokenizer
 from jaxft.data.writer import storage
 from jaxft.errors import InputError
 
-VERSION = 3  # of the files of a store and of everything that decides their content
+VERSION = 4  # of the files of a store and of everything that decides their content
 
 log = logging.getLogger("jaxft")
 
@@ -75,6 +75,7 @@ def open_or_build(
     tokenizer=tokenizer.fingerprint,
     task=_described(task),
     labels=names.given,
+    lengths=dict(lengths, stride=task.stride) if task.objective.windows else {},
     clean=vars(clean),
     template=[template.text, template.bos_token, template.eos_token, template.variables] if template else [],
     limit=limit,
@@ -85,7 +86,7 @@ def open_or_build(
     with _lock(base / f"{name}.lock"):  # a second process waits here and then finds the folder
       if not _intact(folder):
         _build(base, folder, source, tokenizer, task, clean, template, names, limit, workers, parts)
-  return Store(folder, task.objective, lengths, too_long, too_long_share, task.stride)
+  return Store(folder, task.objective, lengths, too_long, too_long_share, max(task.stride, 0))
 
 
 def _described(task: Task) -> dict:
@@ -107,7 +108,7 @@ def _build(base, folder, source, tokenizer, task, clean, template, names, limit,
     fresh.mkdir()
   try:
     dtype = "uint16" if tokenizer.size <= 65536 else "int32"
-    job = Job(tokenizer.encoder, tokenizer.bos, tokenizer.eos, clean, dtype, task, template)
+    job = Job(tokenizer.encoder, tokenizer.bos, tokenizer.eos, clean, dtype, task, template, parts["lengths"])
     meta = build(fresh, source, job, labels=names, limit=limit, workers=workers)
     with storage(fresh):
       meta |= dict(

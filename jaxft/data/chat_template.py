@@ -2,8 +2,8 @@
 
 A template does not say where answers are, so they are found by rendering: what it writes for the messages before an
 answer, generation prompt included, is the prompt that the model will be given; what the answer adds to that is what the
-model has to write, up to the mark that ends the turn. This holds for any template. One core does 15,000 chats/s of
-one answer and 8,000 of two with ChatML (AMD EPYC; an answer before the last takes two renderings more).
+model has to write, up to the mark that ends the turn. This holds for any template. One core does 10,000 chats/s of
+one answer and 5,000 of two with ChatML (AMD EPYC; an answer before the last takes two renderings more).
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from jaxft.errors import InputError, did_you_mean
 
 ROLES = {**chat.ROLES, "model": "assistant", "bot": "assistant", "observation": "tool"}
 KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+WRITES = ("assistant", "function_call", *(k for k, v in ROLES.items() if v == "assistant"))  # roles of answers
 TURNS = ("all", "last")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of an answer's reasoning
 PROBE = "jaxft probe"

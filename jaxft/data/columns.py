@@ -145,6 +145,12 @@ def _labelled(task: Any, row: dict, names: tuple[str, ...]) -> Any:
   return task
 
 
+def resolve_question(task: Any, row: dict) -> Any:
+  """SQuAD's columns, where the task names no others."""
+  named = dict(input=(INPUT, "{question}"), pair=("", "{context}"), label=(LABEL, "{answers}"))
+  return dataclasses.replace(task, **{k: new for k, (old, new) in named.items() if getattr(task, k) == old})
+
+
 def resolve_tags(task: Any, row: dict) -> Any:
   """Words and their tags."""
   if task.input == INPUT:

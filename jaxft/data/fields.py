@@ -1,7 +1,7 @@
 """What an example is made of on its way from a row to a batch: token sides, arrays beside their tokens, and scalars."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ class Aligned(NamedTuple):
 
   side: str
   dtype: str  # in the cache
-  name: str  # in a batch
+  name: str  # in a batch; empty: it is in none
   batch: str  # dtype in a batch
 
 
@@ -81,6 +81,7 @@ class Objective(NamedTuple):
   encode: Callable[[Sequence[Example], Any], Columns]  # examples, build.Job
   aligned: Mapping[str, Aligned] = {}
   scalars: Mapping[str, str] = {}  # name -> dtype in a batch
+  kept: Mapping[str, str] = {}  # name -> dtype in the cache of what an example has and a batch has not; uint8: bytes
   stored: tuple[str, ...] = ()  # sides in the cache where `sides` are made of them batch by batch; empty: `sides`
   labelled: str = ""  # the field whose values are numbers of labels
   ends: str = ""  # the side whose last token should be end-of-text
@@ -88,6 +89,9 @@ class Objective(NamedTuple):
   split: bool = False  # examples over the length are cut into several, nothing is too long
   weighted: bool = False  # whether a batch has weights a token
   blank: str = ""  # why an example may have no token to learn
+  windows: bool = False  # whether `encode` reads job.lengths, which then are part of the cache
+  # (row, place) -> (row, place), ...: the rows that stand in one of the source
+  expand: Callable[[dict, str], Iterable[tuple[dict, str]]] | None = None
   balanced: bool = False  # whether its examples belong to one class each
 
   @property
@@ -107,3 +111,4 @@ class Dynamic(NamedTuple):
   # (batch, ids i64[B, T] of the example at each place and -1 on padding, places i64[B, T] within it, seed, epoch) ->
   # batch; the same fields every time
   batch: Callable[..., dict[str, np.ndarray]] | None = None
+  says: tuple[str, ...] = ()  # what is done, for the report

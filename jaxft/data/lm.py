@@ -4,14 +4,14 @@ A batch has the weight of each token as something to predict, stored as they wer
 nothing is told from ids, so a padding token that is the end-of-text token changes nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.data import chat
+from jaxft.data import chat, chat_template
 from jaxft.data.fields import Columns, Example
-from jaxft.data.templates import fields, render
+from jaxft.data.templates import render
 
 
 def ended(ids: Sequence[int], bos: int | None, eos: int | None) -> list[int]:
@@ -57,22 +57,38 @@ class Part(NamedTuple):
 
 def render_completion(task: Any, row: dict, fix: Callable[[str], str], where: str, template: Any) -> Example:
   """`parts` is a list of `Part`: one, or with task.turns="each" one for each answer of a chat."""
-  chats = any(f.startswith("chat.") for f in (*fields(task.input), *fields(task.target)))
-  if chats and template is not None:
+  if task.chats and template is not None:
     each = task.turns == "each"
     found = template.examples(*conversation(row), where, turns="all" if each else task.turns, split=each)
     parts = [Part(c.text, c.spans, not template.closes, True) for c in found]
     input, target = parts[0].texts if len(parts) == 1 else (parts[0].text, parts[-1].text)
     return Example(input, target, None, None, 0, parts)
-  row, nulls = chat.prepare(row, where) if chats else (row, 0)
+  row, nulls = chat.prepare(row, where) if task.chats else (row, 0)
   prompt, prompt_chars, more = render(task.input, "input", row, fix, where)
   answer, answer_chars, most = render(task.target, "target", row, fix, where)
   part = Part(prompt + answer, [(len(prompt), len(prompt) + len(answer))], True, False)
   return Example(prompt, answer, prompt_chars, answer_chars, nulls + more + most, [part])
 
 
-def conversation(row: dict) -> tuple[list, Any]:
-  """Returns (messages, tools) of a row with a chat."""
+def is_conversation(row: Mapping) -> bool:
+  """Says whether a row has a chat."""
+  return any(row.get(c) is not None for c in chat.CHATS) or chat.is_turns(row.get("prompt"))
+
+
+def conversation(row: Mapping, *, answered: bool = True) -> tuple[list, Any]:
+  """Returns (messages, tools) of a row with a chat; not `answered`: without the answer at its end, if there is one."""
+  messages, tools = _conversation(row)
+  while not answered and isinstance(messages, (list, tuple)) and messages and _answers(messages[-1]):
+    messages = messages[:-1]
+  return messages, tools
+
+
+def _answers(message: Any) -> bool:
+  role = isinstance(message, dict) and (message.get("role") or message.get("from"))
+  return isinstance(role, str) and (role in chat_template.WRITES)
+
+
+def _conversation(row: Mapping) -> tuple[list, Any]:
   column = next((c for c in chat.CHATS if row.get(c) is not None), None)
   if column:
     return row[column], row.get("tools")

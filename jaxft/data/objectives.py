@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxft.data import chat, classify, columns, lm, tagging
+from jaxft.data import chat, classify, columns, lm, qa, squad, tagging
 from jaxft.data.fields import Aligned, Columns, Example, Objective
-from jaxft.data.templates import fields, render
+from jaxft.data.templates import render
 
 DEFAULTS = (columns.INPUT, columns.TARGET)
 
 
 def _render_pair(task: Any, row: dict, fix: Callable[[str], str], where: str, template: Any) -> Example:
-  chats = any(f.startswith("chat.") for f in (*fields(task.input), *fields(task.target)))
-  row, nulls = chat.prepare(row, where) if chats else (row, 0)
+  row, nulls = chat.prepare(row, where) if task.chats else (row, 0)
   input, input_chars, more = render(task.input, "input", row, fix, where)
   target, target_chars, most = render(task.target, "target", row, fix, where)
   return Example(input, target, input_chars, target_chars, nulls + more + most, (input, target))
@@ -67,6 +66,13 @@ KINDS = dict(
     render=tagging.render_tags, encode=tagging.encode_tags,
     aligned=dict(weights=WEIGHTS, targets=Aligned("inputs", "int32", "targets", "int32")), labelled="targets",
     weighted=True, blank="no word of theirs gives a token",
+  ),
+  qa=Objective(
+    sides=("inputs",), options=("pair", "label", "stride"), default=lambda task: True, resolve=columns.resolve_question,
+    render=qa.render_question, encode=qa.encode_questions,
+    aligned=dict(types=TYPES, firsts=Aligned("inputs", "int32", "", ""), afters=Aligned("inputs", "int32", "", "")),
+    scalars=dict(starts="int32", ends="int32"), kept=dict(asked="uint8", begin="int32", end="int32"), windows=True,
+    expand=squad.flatten,
   ),
 )  # fmt: skip
 MULTI = CLASSIFY._replace(  # classify with any number of labels a row

@@ -44,7 +44,7 @@ def single(order: np.ndarray) -> Rows:
 
 
 def plan(lengths: dict[str, np.ndarray], order: np.ndarray, caps: dict[str, int], max_segments: int = 0) -> Rows:
-  """Returns rows that hold each example of `order` (i64[N] ids, distinct) exactly once; a pure function of its
+  """Returns rows that hold each entry of `order` (i64[N] example ids) exactly once; a pure function of its
   arguments.
 
   `lengths[name]` is i32 by example id, `caps[name]` the tokens a row has for it; `max_segments` bounds the examples

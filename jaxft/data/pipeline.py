@@ -218,6 +218,8 @@ class Batches:
       out[side] = _scatter(tokens, at, shape, store.pad or 0, np.int32)
       out[f"{side[:-1]}_segments"] = _scatter(np.repeat(where.number + 1, own), at, shape, 0, np.int32)
     for name, field in store.aligned.items():
+      if not field.name:
+        continue
       shape = (rows, lengths[field.side])
       out[field.name] = _scatter(store.values(name, index[field.side]), spots[field.side][0], shape, 0, field.batch)
     if store.objective.weighted and "weights" not in out:

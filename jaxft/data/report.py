@@ -8,6 +8,7 @@ import textwrap
 
 import numpy as np
 
+from jaxft.data import notes
 from jaxft.data.files import compact
 
 LOOKED_AT = 4_000_000  # tokens a side that are searched for unknown ones
@@ -24,6 +25,7 @@ def make(store, batches, tokenizer) -> dict:
   """
   out = dict(store.report, batches=batches.summary(), tokenizer=dict(name=tokenizer.name, size=tokenizer.size))
   out["prefixed"] = "scheme" in store.objective.options and getattr(tokenizer.encoder, "prefixed", False)
+  out["anew"] = list(batches.dynamic.says)
   out["unknown"] = {s: store.share(s, tokenizer.unk, LOOKED_AT) for s in store.sides}
   ids = {s: store.tokens(s, 0).tolist() for s in store.sides}
   supervised = store.sides[-1]
@@ -185,9 +187,11 @@ def text(report: dict, *, width: int = 100, color: bool = False) -> str:
       f"  dropped   {drop['count']:,} ({drop['count'] / r['rows_read']:.2%}): {reason}; {_rows(drop)}", width
     )
   for task in r["tasks"]:
-    named = "   ".join(f"{k} {_template(v)}" for k, v in task.items() if k != "first" and v)
+    named = "   ".join(f"{k} {_template(v)}" for k, v in task.items() if k not in ("first", "chat") and v)
+    named = "of chats, the tokenizer's own" if task["chat"] else named
     lines += _wrap(f"  template  {named}", width)
-  lines += _labels(r, width) + _table(r) + _cuts(r, width) + _batches(r, width)
+  lines += _labels(r, width) + _table(r) + _cuts(r, width)
+  lines += [part for line in notes.lines(r) for part in _wrap(line, width)] + _batches(r, width)
   lines += _example(r["example"], width, color)
   for warning in r["warnings"]:
     mark = f"{YELLOW}  warning {OFF}" if color else "  warning "

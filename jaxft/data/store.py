@@ -48,6 +48,11 @@ class Store:
     self.class_counts = self._class_counts()
     self.report |= self._facts()
 
+  @property
+  def chats(self) -> bool:
+    """Says whether a chat template made examples of this store, which then spell their end marks."""
+    return any(t["chat"] for t in self.meta["tasks"])
+
   def _check(self, lengths: Mapping[str, int], too_long: str, stride: int) -> None:
     if not set(self.sides) <= set(lengths) <= {"inputs", "targets"} or min(lengths[s] for s in self.sides) < 2:
       raise InputError(
@@ -75,6 +80,7 @@ class Store:
     self._lines, self._origins = self._map("lines", np.int64), self._map("origins", np.int32)
     self._rows, self._repeats = self._map("rows", np.int64), self._map("repeats", np.int32)
     self._scalars = {n: self._scalar(n, dtype) for n, dtype in o.scalars.items()}
+    self._kept = {n: self._kept_field(n, dtype) for n, dtype in o.kept.items()}
     self._places = self._map("places", np.int32).reshape(-1, 4) if "places" in here else None
     self._counts = np.array(self._map("supervised", np.int32)) if "supervised" in here else None
 
@@ -85,6 +91,11 @@ class Store:
       return Ragged(self._map(f"{name}.values", np.int32), np.array(self._map(f"{name}.lengths", np.int32)))
     values = self._map(f"{name}.values", dtype)
     return values.reshape(-1, self.meta["width"]) if self.meta["width"] > 1 else values
+
+  def _kept_field(self, name: str, dtype: str) -> np.ndarray | Ragged:
+    if name in self.meta["fields"]:
+      return self._map(name, dtype)
+    return Ragged(self._map(f"{name}.values", dtype), np.array(self._map(f"{name}.lengths", np.int32)))
 
   def _map(self, name: str, dtype) -> np.ndarray:
     path = self.folder / name
@@ -144,6 +155,18 @@ class Store:
     at = np.arange(lengths.sum()) + np.repeat(values.starts[stored] - starts(lengths)[:-1], lengths)
     out[np.repeat(np.arange(len(stored)), lengths), values.values[at]] = 1
     return out
+
+  def kept(self, name: str, ids: np.ndarray) -> np.ndarray | list[np.ndarray]:
+    """Returns a field of `objective.kept` of several examples: [n], or of any length a list of arrays."""
+    stored, values = self._stored[ids], self._kept[name]
+    if not isinstance(values, Ragged):
+      return values[stored]
+    first = values.starts
+    return [values.values[first[i] : first[i + 1]] for i in stored]
+
+  def stored_of(self, ids: np.ndarray) -> np.ndarray:
+    """Returns i64[n], the number of each example in the files, the same for repetitions of it."""
+    return self._stored[ids]
 
   def prompt(self, i: int) -> np.ndarray:
     """Returns i32[n], what the model is given before it answers: the tokens before the first to be predicted."""
@@ -361,10 +384,7 @@ def longest_first(a: int, b: int, room: int) -> tuple[int, int]:
   short, long = sorted((a, b))
   if short + long <= room:
     return a, b
-  if short > room:
-    long = short
-  else:
-    long = max(short, room - short)
+  long = max(short, room - short)
   if short + long > room:
     short = room // 2
     long = short + room % 2

@@ -26,7 +26,7 @@ class Task:
   labels: tuple[str, ...] = ()  # the names of all labels in order; empty: those of the training data, sorted
   multi: bool = False  # any number of labels a row
   scheme: str = ""  # of tags: one of labels.SCHEMES
-  stride: int = 0  # tokens that each further piece of a long document repeats of the one before
+  stride: int = -1  # tokens that each further piece of a long text repeats of the one before; -1: 0, qa: see qa.py
   mix: tuple[tuple[Any, Any], ...] = ()  # further pairs of (input, target), one of all taken for a row each epoch
   turns: str = "all"  # of a chat: which answers are learnt: all, last, each (in an example of its own)
 
@@ -38,6 +38,7 @@ class Task:
       )
     for name in ("input", "target", "pair", "labels", "mix"):
       object.__setattr__(self, name, _tuples(getattr(self, name)))
+    object.__setattr__(self, "labels", tuple(map(str, self.labels)))
     for field in dataclasses.fields(self)[2:]:
       if field.name not in self.objective.options and getattr(self, field.name) != field.default:
         readers = [k for k in kinds if field.name in objectives.of(k, False).options]
@@ -72,8 +73,8 @@ class Task:
       raise InputError(
         "config: task.turns='each' gives several examples a row, task.mix one of several; set one of them."
       )
-    if self.stride < 0:
-      raise InputError(f"config: task.stride is {self.stride}; it is a number of tokens, or 0.")
+    if self.stride < -1:
+      raise InputError(f"config: task.stride is {self.stride}; it is a number of tokens, 0, or -1: as the kind has it.")
 
   @functools.cached_property
   def objective(self) -> Objective:
@@ -87,6 +88,11 @@ class Task:
   def variants(self) -> tuple["Task", ...]:
     """The task itself, and one with each further pair of templates."""
     return (self, *(dataclasses.replace(self, input=i, target=t, mix=()) for i, t in self.mix))
+
+  @functools.cached_property
+  def chats(self) -> bool:
+    """Says whether a template names what a chat becomes."""
+    return any(f.startswith("chat.") for f in (*fields(self.input), *fields(self.target)))
 
   def resolve(self, row: dict) -> "Task":
     """Returns the task with its default templates replaced by those that the columns of `row` call for."""

@@ -71,7 +71,7 @@ def render(template, name: str, row: dict, fix: Callable[[str], str], where: str
 
 def value(template: str, name: str, row: dict, fix: Callable[[str], str], where: str) -> Any:
   """Returns what a template of one field names, of whatever type it is; else the text that the template gives."""
-  parsed = parse(template)
+  parsed = parse(template) if isinstance(template, str) else ()
   if len(parsed) == 1 and parsed[0][1] and not parsed[0][0]:
     return _walk(row, parsed[0][1], name, where)
   return render(template, name, row, fix, where)[0]

@@ -36,6 +36,10 @@ class Tokenizer:
   def encode(self, texts: list[str]) -> list[list[int]]:
     return self.encoder.encode(texts)
 
+  def encode_whole(self, texts: list[str]) -> list[list[int]]:
+    """Returns the ids of texts that spell all their special tokens: none are added."""
+    return [ids for ids, _, _ in self.encoder.encode_offsets(texts, special=False)]
+
   def decode(self, ids: list[list[int]], special: bool = False) -> list[str]:
     """Returns the texts; special tokens (padding, EOS) are left out unless `special`."""
     return self.hf.batch_decode([list(map(int, x)) for x in ids], skip_special_tokens=not special)

@@ -49,7 +49,8 @@ class LossEvaluator:
   ):
     """`batches` is one pass without shuffling, of `whole_batch` rows; loss_fn(model, batch, key) -> loss, weight, sums.
 
-    The sums have "nll" (plain cross-entropy) and "correct", as those of train.losses. `progress` gives what is told how
+    The sums have "nll" (plain cross-entropy) and "correct", as those of train.losses, and with a second task beside it
+    "nsp", "nsp_correct" and "nsp_weight", which become nsp_loss and nsp_accuracy. `progress` gives what is told how
     far a run is. `counts` are the words and bytes, {"words": n, "bytes": n}, of the text whose tokens the loss predicts
     (causal models): of what the batches hold, after truncation.
     """
@@ -62,7 +63,7 @@ class LossEvaluator:
 
   def _sums(self, params, batch):
     _, weight, sums = self._loss_fn(self._skeleton.bind(params), batch, None)
-    return dict(nll=sums["nll"], correct=sums["correct"], weight=weight)
+    return dict(sums, weight=weight)
 
   def run(self, params, step: int) -> dict[str, float]:
     """Returns the values for `params`; `step` only names them. Raises InputError where no token is supervised."""
@@ -77,16 +78,17 @@ class LossEvaluator:
           sums[i - 2] = jax.device_get(sums[i - 2])
         progress(i + 1, steps)
     # float64 on the host from here: a float32 running sum stops counting single tokens at 2**24.
-    total = {k: math.fsum(float(s[k]) for s in jax.device_get(sums)) for k in ("nll", "correct", "weight")}
+    sums = jax.device_get(sums)
+    total = {k: math.fsum(float(s[k]) for s in sums) for k in sums[0]}
     if not total["weight"] > 0:
       raise InputError(
         f"eval/{self.name}: not one supervised token in {self._batches.steps(1)} batches; is the evaluation data empty?"
       )
-    return dict(
-      scores.perplexities(total["nll"], total["weight"], self._counts),
-      accuracy=total["correct"] / total["weight"],
-      tokens=total["weight"],
-    )
+    out = scores.perplexities(total["nll"], total["weight"], self._counts)
+    out |= dict(accuracy=total["correct"] / total["weight"], tokens=total["weight"])
+    if "nsp_weight" in total:
+      out |= {f"nsp_{n}": total[k] / total["nsp_weight"] for n, k in (("loss", "nsp"), ("accuracy", "nsp_correct"))}
+    return out
 
 
 def answer_length(store, margin: float = 0.25) -> int:
@@ -94,7 +96,7 @@ def answer_length(store, margin: float = 0.25) -> int:
 
   A fixed small limit makes metrics those of stubs (transformers' default is 20 tokens).
   """
-  longest = int(store.lengths["targets"].max())
+  longest = int((store.lengths["targets"] if "targets" in store.lengths else store.supervised).max())
   length = -(-(longest + max(8, int(longest * margin))) // 8) * 8
   log.info("generation: at most %d new tokens, from the longest reference (%d tokens) and a margin", length, longest)
   return length
@@ -121,7 +123,8 @@ class GenerateEvaluator:
     folder: pathlib.Path | None,
     progress: Callable[[], Progress],
   ):
-    """`store` has tokens("inputs", i), texts(i) -> (input, reference); `samples` rows go to folder/NAME-STEP.jsonl.
+    """`store` has prompt(i) (what the model is given, i32), texts(i) -> (input, reference); `samples` rows go to
+    folder/NAME-STEP.jsonl.
 
     `progress` gives what is told how far a run is.
     """
@@ -136,14 +139,14 @@ class GenerateEvaluator:
 
   def run(self, params, step: int) -> dict[str, float]:
     """Returns the values for `params`; writes the samples, named after `step`."""
-    rows = [self._store.tokens("inputs", i) for i in range(len(self._store))]
+    rows = [self._store.prompt(i) for i in range(len(self._store))]
     answers, done, progress = [None] * len(rows), 0, self._progress()
     for positions, batch in self._generator.stream(params, rows):
       for p, answer in zip(positions, batch):
         answers[p] = answer
       done += len(positions)
       progress(done, len(rows))
-    references = [self._store.texts(i)[1] for i in range(len(self._store))]
+    references = [self._reference(i) for i in range(len(self._store))]
     outputs = [a.texts[0] for a in answers]
     values, signatures = metrics.compute(self._names, outputs, references)
     if signatures != self.signatures:
@@ -162,12 +165,18 @@ class GenerateEvaluator:
       self._write(step, answers)
     return values
 
+  def _reference(self, i: int) -> str:
+    """Returns the text that should be generated; of a chat, the answer that follows the prompt without its end mark."""
+    if not getattr(self._store, "chats", False):
+      return self._store.texts(i)[1]
+    return self._generator.tokenizer.decode([self._store.answer(i)])[0].strip()
+
   def _write(self, step: int, answers: list[Answer]) -> None:
     """Writes rows spread evenly over the data, the same ones each time."""
     chosen = np.unique(np.linspace(0, len(answers) - 1, min(self._samples, len(answers))).round().astype(int))
     lines = []
     for i in chosen.tolist():
-      text, reference = self._store.texts(i)
+      text, reference = self._store.texts(i)[0], self._reference(i)
       lines.append(
         json.dumps(
           dict(

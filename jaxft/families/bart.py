@@ -1,13 +1,12 @@
 """BART (Lewis et al. 2019) and mBART (Liu et al. 2020): config.json and names on the Hub; Pegasus and Marian use them.
 
 mBART's decoder starts with the last token of the target: in training that of the labels (the end, or a language behind
-it), when it generates the config's decoder_start_token_id. Classification takes the state at a text's last token, which
-has to be the end token, where transformers takes that at the last end token.
+it), when it generates the config's decoder_start_token_id.
 """
 
 from jaxft import names
 from jaxft.families import fields
-from jaxft.families.family import Family, Head, first_token, labelled, layer_rules, stack_rules
+from jaxft.families.family import Family, Head, end_tokens, first_token, labelled, layer_rules, stack_rules
 from jaxft.models import attention, block, encdec, heads, layers, stack
 
 SIDES, OFFSET = ("encoder", "decoder"), 2  # row of the first position
@@ -72,7 +71,8 @@ def build(c: dict, *, pre: bool, norm: bool, sinusoidal: bool, start_is_last: bo
 
   start = first_token(c, "decoder_start_token_id", *(("bos_token_id",) if start_is_last else ()))
   scale = d**0.5 if c["scale_embedding"] else 1.0
-  return encdec.Spec(c["vocab_size"], scale, std, *map(side, SIDES), (), start, start_is_last, c["pad_token_id"])
+  more = dict(start_is_last=start_is_last, still=c["pad_token_id"])
+  return encdec.Spec(c["vocab_size"], scale, std, *map(side, SIDES), (), start, end_tokens(c), **more)
 
 
 def rules(s: encdec.Spec) -> list[names.Rule]:

@@ -37,7 +37,7 @@ def rules(s: single.Spec, table: dict[str, str] = TABLE, layer: str = "encoder.l
 
 P = "cls.predictions"
 MLM = dict(
-  hub=dict(dense=f"{P}.transform.dense", norm=f"{P}.transform.LayerNorm"),
+  hub=dict(dense=f"{P}.transform.dense", norm=f"{P}.transform.LayerNorm", out=f"{P}.decoder"),
   prefix="bert.",
   bias=f"{P}.bias",
   copies=((), (f"{P}.decoder.bias",)),
@@ -64,5 +64,5 @@ FAMILY = Family(
   HEADS,
   default="base",
   renames=OLD,
-  **encoder.untied(f"bert.{WORDS}", f"{P}.decoder"),
+  settle=encoder.tied(f"bert.{WORDS}", f"{P}.decoder"),
 )

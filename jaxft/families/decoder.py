@@ -91,23 +91,17 @@ def settle(json: Json, folder: pathlib.Path, table: str = EMBED, head: str = "lm
 
 
 def family(
-  given: dict,
-  name: str,
-  spec: Callable[[Json], single.Spec],
-  kinds: str = "lm classify tag",
-  *,
-  rules: Callable = rules,
-  softcap: Callable[[Json], float] = lambda c: 0.0,
-  qa: str = "transformer.",
-  **more,
+  given: dict, name: str, spec: Callable, kinds="lm classify tag", *, rules=rules, qa="transformer.", **more
 ) -> Family:
   """Returns the family whose classes in transformers are called `name`, with heads of these kinds.
 
-  `softcap` is that of the vocabulary head, `qa` the prefix of the model in question answering.
+  `given` are its fields beside FIELDS, `qa` is the prefix of the model in question answering, `more` are other entries
+  of Family.
   """
   std = lambda c: c["initializer_range"]
   drop = lambda c: 0.1 if c["classifier_dropout"] is None else c["classifier_dropout"]
-  language = lambda c, out: heads.Spec(out, False, std(c), tied=c["tie_word_embeddings"], softcap=softcap(c))
+  cap = lambda c: c.get("final_logit_softcapping") or 0.0
+  language = lambda c, out: heads.Spec(out, False, std(c), tied=c["tie_word_embeddings"], softcap=cap(c))
   label = lambda c, out: heads.Spec(out, False, std(c), pool="last")
   token = lambda c, out: heads.Spec(out, True, std(c), dropout=drop(c))
   span = lambda c, out: heads.Spec(out, True, std(c))

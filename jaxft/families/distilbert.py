@@ -18,7 +18,7 @@ FIELDS = dict(
   initializer_range=fields.number(0.02),
   pad_token_id=fields.maybe(fields.token(0)),
   sinusoidal_pos_embds=fields.only(False),  # how a fresh table begins
-  tie_word_embeddings=fields.flag(True),
+  tie_word_embeddings=encoder.FIELDS["tie_word_embeddings"],
   tie_weights_=fields.only(True),  # of old files
   is_encoder_decoder=fields.only(False),
   hidden_size=fields.same("dim"),
@@ -68,5 +68,5 @@ HEADS = dict(
   qa=head("ForQuestionAnswering", encoder.each, dict(out="qa_outputs"), drop="qa_dropout"),
   mlm=head("ForMaskedLM", encoder.transformed, MLM),
 )
-MORE = encoder.untied(f"distilbert.{bert.WORDS}", "vocab_projector")
-FAMILY = Family(FIELDS, spec, rules, HEADS, default="base", **MORE)
+SETTLE = encoder.tied(f"distilbert.{bert.WORDS}", "vocab_projector")
+FAMILY = Family(FIELDS, spec, rules, HEADS, default="base", settle=SETTLE)

@@ -33,6 +33,6 @@ HEADS = dict(
   mlm=head("ForMaskedLM", encoder.transformed, dict(dense=f"{G}.dense", norm=f"{G}.LayerNorm", out=OUT)),
   **encoder.tag_and_qa("Electra", "electra."),
 )
-MORE = encoder.untied(f"electra.{bert.WORDS}", OUT)
-MORE["ignored"] += ("discriminator_predictions.*",)
-FAMILY = Family(FIELDS, spec, bert.rules, HEADS, default="base", **MORE)
+IGNORED = ("discriminator_predictions.*",)
+SETTLE = encoder.tied(f"electra.{bert.WORDS}", OUT)
+FAMILY = Family(FIELDS, spec, bert.rules, HEADS, default="base", ignored=IGNORED, settle=SETTLE)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 from jaxft.errors import InputError
 from jaxft.families import decoder, fields
@@ -20,7 +21,7 @@ FIELDS = dict(
   layer_norm_eps=fields.number(1e-12),
   pad_token_id=fields.maybe(fields.token(0)),
   position_embedding_type=fields.only("absolute"),
-  tie_word_embeddings=fields.flag(True),
+  tie_word_embeddings=fields.only(True, False),  # False: see `transformed`
   is_encoder_decoder=fields.only(False),
 )
 
@@ -92,7 +93,6 @@ def tag_and_qa(name: str, prefix: str) -> dict[str, Head]:
   )
 
 
-def untied(table: str, head: str) -> dict:
-  """Returns the fields of a Family whose vocabulary head `head` is tied to `table`, if the folder does not differ."""
-  settle = functools.partial(decoder.settle, table=f"{table}.weight", head=f"{head}.weight")
-  return dict(settle=settle, ignored=(f"{head}.weight",))
+def tied(table: str, head: str) -> Callable:
+  """Returns the `settle` of a family whose vocabulary head `head` is tied to `table` where a folder's files agree."""
+  return functools.partial(decoder.settle, table=f"{table}.weight", head=f"{head}.weight")

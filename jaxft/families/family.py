@@ -60,6 +60,12 @@ def first_token(c: Json, *names: str) -> int:
   return found[0]
 
 
+def end_tokens(c: Json) -> tuple[int, ...]:
+  """Returns eos_token_id, which may be null or several."""
+  eos = c["eos_token_id"]
+  return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+
 def labelled(name: str, std: Callable[[Json], float], classify: str, qa: str) -> dict[str, Head]:
   """Returns the heads of BART and T5 for sequences and spans, with fresh weights of `std` and these two prefixes."""
 

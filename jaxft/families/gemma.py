@@ -79,11 +79,4 @@ def rules(s: single.Spec) -> list[names.Rule]:
   return decoder.rules(s, decoder.TABLE | AROUND)
 
 
-def softcap(c: Json) -> float:
-  return c["final_logit_softcapping"] or 0.0
-
-
-FAMILIES = dict(
-  gemma=decoder.family(GEMMA, "Gemma", spec),
-  gemma2=decoder.family(GEMMA2, "Gemma2", spec2, rules=rules, softcap=softcap),
-)
+FAMILIES = dict(gemma=decoder.family(GEMMA, "Gemma", spec), gemma2=decoder.family(GEMMA2, "Gemma2", spec2, rules=rules))

@@ -82,7 +82,6 @@ _text = decoder.family(
   spec,
   "lm classify",
   rules=gemma.rules,
-  softcap=gemma.softcap,
   renames=((r"^(language_model\.model|model\.language_model)\.", "model."), (r"^language_model\.lm_head", "lm_head")),
   ignored=("lm_head.weight", *(f"{p}{n}.*" for p in ("", "model.") for n in ("vision_tower", "multi_modal_projector"))),
 )

@@ -18,6 +18,7 @@ from jaxft.errors import InputError, did_you_mean
 from jaxft.families import (
   bart,
   bert,
+  deberta,
   distilbert,
   electra,
   fields,
@@ -26,15 +27,17 @@ from jaxft.families import (
   gpt2,
   llama,
   marian,
+  modernbert,
   neox,
   olmo2,
   opt,
   pegasus,
   phi3,
   roberta,
+  starcoder2,
   t5,
 )
-from jaxft.families.family import Family, Head, head_rules
+from jaxft.families.family import Family, Head, end_tokens, head_rules
 from jaxft.models import attention, encdec, heads, layers
 
 Tree = Any
@@ -49,11 +52,14 @@ FAMILIES: dict[str, Family] = {
   **roberta.FAMILIES,
   "distilbert": distilbert.FAMILY,
   "electra": electra.FAMILY,
+  "modernbert": modernbert.FAMILY,
+  "deberta-v2": deberta.FAMILY,
   **llama.FAMILIES,
   **gemma.FAMILIES,
   **gemma3.FAMILIES,
   **phi3.FAMILIES,
   **olmo2.FAMILIES,
+  **starcoder2.FAMILIES,
   "gpt2": gpt2.FAMILY,
   "opt": opt.FAMILY,
   "gpt_neox": neox.FAMILY,
@@ -128,7 +134,8 @@ class Skeleton:
     """What transformers writes into generation_config.json of a model that has none of its own; {} for no generator."""
     if self.kind != "lm":
       return {}
-    own = {k: self.json[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if self.json.get(k) is not None}
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+    own = {k: self.json[k] for k in shared if self.json.get(k) is not None}
     start = self.generation["decoder_start"]
     own |= {} if start is None else dict(decoder_start_token_id=start)
     return {"_from_model_config": True, **own, **{k: v for k, v in self.search.items() if v is not None}}
@@ -269,19 +276,20 @@ def skeleton(
   attention_dropout: float | None = None,
   head_dropout: float | None = None,
   neftune: float = 0.0,
+  prefix: bool = False,
   want: Wanted | None = None,
 ) -> Skeleton:
   """Returns the model that `config_json` describes, without weights, with the head `want` (None: its own).
 
   `dropout` replaces the config's rates that are not 0 (None: keeps them), `attention_dropout` and `head_dropout` those
-  of attention's probabilities and of the heads, whatever they are. `neftune`: see layers.noise.
+  of attention's probabilities and of the heads, whatever they are. `neftune`, `prefix`: see layers.Build.
   """
   chosen = family(config_json)
   given, search = _split(wanted(config_json, want))
   c = fields.read(given, chosen.fields)
   search = {k: c[k] for k in chosen.fields if k in GENERATION} | search
   spec, kind = chosen.spec(c), head_kind(given)
-  made, table, prefix = _heads(given, c, kind, spec)
+  made, table, under = _heads(given, c, kind, spec)
   spec = dataclasses.replace(spec, heads=tuple(made.items()))
   for key, rate in (("dropout", dropout), ("attention_dropout", attention_dropout), ("head_dropout", head_dropout)):
     if rate is not None:
@@ -290,10 +298,10 @@ def skeleton(
     raise InputError(
       f"model.remat is {remat!r}{did_you_mean(remat, layers.REMAT)}; it is one of {', '.join(layers.REMAT)}."
     )
-  how = layers.Build(jnp.dtype(dtype), jnp.dtype(params_dtype), remat, unroll, neftune)
+  how = layers.Build(jnp.dtype(dtype), jnp.dtype(params_dtype), remat, unroll, neftune, prefix)
   module = chosen.build(spec, how)
   graphdef, shapes, axes = layers.split(module)
-  table = _tied(_prefixed(chosen.rules(spec), prefix), chosen.heads[kind], made["head"]) + table
+  table = _tied(_prefixed(chosen.rules(spec), under), chosen.heads[kind], made["head"]) + table
   return Skeleton(
     json=_complete(chosen, given, c, spec, kind),
     kind=kind,
@@ -303,7 +311,7 @@ def skeleton(
     shapes=shapes,
     axes=axes,
     rules=table + _ignored(chosen, kind, table),
-    prefix=prefix,
+    prefix=under,
     renames=chosen.renames,
     dtype=how.dtype,
     generation=_generation(c, spec),
@@ -349,8 +357,7 @@ def _positions(spec: Any) -> int:
 
 def _generation(c: dict, spec: Any) -> dict:
   """Returns what decoding needs besides the weights: decoder_start, eos (a tuple), pad, vocab."""
-  eos = c["eos_token_id"]
-  eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+  eos = end_tokens(c)
   start, pad = getattr(spec, "decoder_start", None), c["pad_token_id"]
   if pad is None:
     pad = eos[0] if eos else start or 0  # the first as transformers, which pads with nothing where nothing ends

@@ -24,7 +24,7 @@ def classify(c: dict, out: int, act: str = "tanh") -> heads.Spec:
 
 CLASSIFY = dict(dense="classifier.dense", out="classifier.out_proj")
 MLM = dict(
-  hub=dict(dense="lm_head.dense", norm="lm_head.layer_norm"),
+  hub=dict(dense="lm_head.dense", norm="lm_head.layer_norm", out="lm_head.decoder"),
   prefix="roberta.",
   bias="lm_head.bias",
   copies=((), ("lm_head.decoder.bias",)),
@@ -40,9 +40,8 @@ def family(name: str) -> Family:
     mlm=Head(f"{name}ForMaskedLM", language, **MLM),
     **encoder.tag_and_qa(name, "roberta."),
   )
-  more = encoder.untied(f"roberta.{bert.WORDS}", "lm_head.decoder")
-  more["ignored"] += ("lm_head.decoder.bias", "roberta.pooler.dense.*")
-  return Family(FIELDS, spec, bert.rules, made, default="base", **more)
+  settle = encoder.tied(f"roberta.{bert.WORDS}", "lm_head.decoder")
+  return Family(FIELDS, spec, bert.rules, made, "base", ignored=("roberta.pooler.dense.*",), settle=settle)
 
 
 FAMILIES = {"roberta": family("Roberta"), "xlm-roberta": family("XLMRoberta")}

@@ -11,7 +11,7 @@ import pathlib
 from jaxft import hub, names
 from jaxft.errors import InputError
 from jaxft.families import fields
-from jaxft.families.family import Family, Head, Json, first_token, labelled, layer_rules, norm
+from jaxft.families.family import Family, Head, Json, end_tokens, first_token, labelled, layer_rules, norm
 from jaxft.models import attention, block, encdec, heads, layers, stack
 
 FIELDS = dict(
@@ -70,7 +70,7 @@ def spec(c: Json) -> encdec.Spec:
     buckets=c["relative_attention_num_buckets"], max_distance=c["relative_attention_max_distance"])  # fmt: skip
   decoder = dataclasses.replace(encoder, depth=c["num_decoder_layers"] or c["num_layers"], causal=True)
   start = first_token(c, "decoder_start_token_id", "pad_token_id")
-  return encdec.Spec(c["vocab_size"], 1.0, f, encoder, decoder, (), start)
+  return encdec.Spec(c["vocab_size"], 1.0, f, encoder, decoder, (), start, end_tokens(c))
 
 
 def complete(c: Json, s: encdec.Spec) -> Json:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.data import clean, tasks
+from jaxft.data import clean, lm, tasks
 from jaxft.errors import InputError
 from jaxft.infer import parts
 from jaxft.infer.generate import Answer, Generator
@@ -95,10 +95,25 @@ def decode(
   return Report(total, resumed, len(errors), cut, time.monotonic() - begun)
 
 
-def renderer(templates: Sequence[Any], fix: Callable[[str], str]) -> Callable[[Mapping[str, Any]], str]:
+class Whole(str):
+  """A text that has its special tokens already, as chat templates write them; none are added."""
+
+
+def renderer(
+  templates: Sequence[Any], fix: Callable[[str], str], chat: Any = None
+) -> Callable[[Mapping[str, Any]], str]:
   """Returns the `render` of templates (data/tasks.py), of which the first one that fits a row is taken; a null is empty
-  text, `fix` acts on each field."""
-  return lambda row: tasks.render_input(templates, row, fix, getattr(row, "where", "this row"))
+  text, `fix` acts on each field. `chat` (chat_template.Template or None) is for rows with a chat: its messages up to
+  the last that is no answer, and the beginning of the answer."""
+
+  def render(row: Mapping[str, Any]) -> str:
+    where = getattr(row, "where", "this row")
+    if chat is not None and lm.is_conversation(row):
+      messages, tools = lm.conversation(row, answered=False)
+      return Whole(chat.prompt(messages, tools, where))
+    return tasks.render_input(templates, row, fix, where)
+
+  return render
 
 
 def _render(rows, render) -> tuple[list, list[str], dict[int, str]]:
@@ -140,7 +155,11 @@ def _tokenise(
   """Returns i32 tokens a row; `errors` gets the rows that are too long or empty. A cut row keeps its end token."""
   out: list[np.ndarray] = []
   for begin in range(0, len(texts), 4096):
-    out += [np.asarray(t, np.int32) for t in generator.tokenizer.encode(texts[begin : begin + 4096])]
+    some = texts[begin : begin + 4096]
+    own = generator.tokenizer.encode([t for t in some if not isinstance(t, Whole)])
+    whole = [t for t in some if isinstance(t, Whole)]
+    both = iter(own), iter(generator.tokenizer.encode_whole(whole) if whole else ())
+    out += [np.asarray(next(both[isinstance(t, Whole)]), np.int32) for t in some]
   for i, row in enumerate(out):
     if i in errors:
       continue

@@ -18,7 +18,6 @@ FILE = "generation_config.json (or config.json, where there is none)"  # what me
 # Fields that change the output and that this code does not compute, with the value that switches each off (so does an
 # empty list or object).
 REFUSED = dict(
-  bad_words_ids=None,
   sequence_bias=None,
   guidance_scale=1.0,
   encoder_repetition_penalty=1.0,
@@ -52,6 +51,11 @@ KINDS = (  # (what a field must be, its test, the fields)
     "a whole number or a list of them",
     lambda v: type(v) is int or (isinstance(v, (list, tuple)) and all(type(i) is int for i in v)),
     "eos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens".split(),
+  ),
+  (
+    "a list of lists of token ids",
+    lambda v: isinstance(v, list) and all(isinstance(w, list) and all(type(i) is int for i in w) for w in v),
+    ["bad_words_ids"],
   ),
 )
 READ = frozenset(("early_stopping", "do_sample", *(k for _, _, names in KINDS for k in names)))
@@ -133,11 +137,11 @@ class Options:
         (not self.eos, "the model names no end token (eos_token_id)"),
         (
           self.forced_bos in self.suppress,
-          f"forced_bos_token_id {self.forced_bos} is among suppress_tokens, which leaves no first token",
+          f"forced_bos_token_id {self.forced_bos} is among suppress_tokens and bad_words_ids: no first token",
         ),
         (
           self.forced_eos and set(self.forced_eos) <= set(self.suppress),
-          f"forced_eos_token_id {list(self.forced_eos)} is among suppress_tokens, which leaves no last token",
+          f"forced_eos_token_id {list(self.forced_eos)} is among suppress_tokens and bad_words_ids: no last token",
         ),
       )
       if wrong
@@ -167,6 +171,8 @@ def read(generation: Mapping[str, Any], config: Mapping[str, Any] | None, **give
   # max_length and min_length of the file count the decoder's start token, or the whole prompt of a decoder, with which
   # they say nothing of the answer; the other two go before them.
   c = c if generation["decoder_start"] is not None else _without_totals(c)
+  eos = _ids(c.get("eos_token_id", generation["eos"]))
+  barred = [i for word in c.get("bad_words_ids", ()) for i in word if i not in eos]  # transformers spares the end too
   theirs = dict(
     length=c.get("max_new_tokens", c["max_length"] - 1 if "max_length" in c else None),
     min_length=max(c.get("min_new_tokens", c.get("min_length", 0) - 1), 0),
@@ -177,12 +183,12 @@ def read(generation: Mapping[str, Any], config: Mapping[str, Any] | None, **give
     temperature=c.get("temperature", 1.0) if sampling else 0.0,
     top_k=c.get("top_k") if sampling else 0,
     top_p=c.get("top_p") if sampling else 1.0,
-    eos=_ids(c.get("eos_token_id", generation["eos"])),
+    eos=eos,
     pad=c.get("pad_token_id", generation["pad"]),
     start=c.get("decoder_start_token_id", generation["decoder_start"]),
     forced_bos=c.get("forced_bos_token_id"),
     forced_eos=_ids(c.get("forced_eos_token_id")),
-    suppress=_ids(c.get("suppress_tokens")),
+    suppress=(*_ids(c.get("suppress_tokens")), *barred),
     begin_suppress=_ids(c.get("begin_suppress_tokens")),
     no_repeat_ngram=c.get("no_repeat_ngram_size"),
     repetition_penalty=c.get("repetition_penalty"),
@@ -210,6 +216,8 @@ def check(config: Mapping[str, Any], sampling: bool) -> None:
     raise InputError(f"{FILE}: of a wrong type: {', '.join(wrong)}. Correct it there.")
   refused = REFUSED | (REFUSED_IN_SAMPLING if sampling else {})
   bad = [f"{k}={config[k]!r}" for k, off in refused.items() if config.get(k) not in (None, [], {}, off)]
+  longer = [word for word in config.get("bad_words_ids") or () if len(word) != 1]
+  bad += [f"bad_words_ids of other than one token ({', '.join(map(str, longer))})"] if longer else []
   if bad:
     raise InputError(
       f"{FILE}: {', '.join(bad)} would change the output and is not implemented; remove it "

@@ -118,11 +118,60 @@ class RelativeBias(nnx.Module):
     scatter-add of t * s entries into a few buckets, slow everywhere and not reproducible on a GPU.
     """
     line = self.of(np.arange(-(t - 1), s)).T  # [N, t + s - 1]; entry x is distance x - (t - 1)
-    n, width = line.shape
-    rows = jnp.broadcast_to(jnp.pad(line, ((0, 0), (0, 1)))[:, None], (n, t, width + 1)).reshape(n, t * (width + 1))
-    # row i starts i places earlier: its entry x is distance x - i - (t - 1)
-    skewed = rows[:, : t * width].reshape(n, t, width)
-    return sharding.pin(skewed[:, :, t - 1 :][None, :, :, :s], (None, "heads", None, None))
+    rows = jnp.broadcast_to(line[:, None], (line.shape[0], t, line.shape[1]))
+    return sharding.pin(skew(rows)[None], (None, "heads", None, None))
+
+
+def skew(rows: jax.Array) -> jax.Array:
+  """Returns [..., T, S], whose entry (i, j) is entry (i, j - i + T - 1) of `rows` [..., T, T + S - 1]; no gather."""
+  *batch, t, width = rows.shape
+  flat = jnp.pad(rows, [(0, 0)] * (len(batch) + 1) + [(0, 1)]).reshape(*batch, t * (width + 1))
+  # row i starts i places earlier
+  return flat[..., : t * width].reshape(*batch, t, width)[..., t - 1 :]
+
+
+def log_buckets(distance: np.ndarray, half: int, max_distance: int) -> np.ndarray:
+  """Returns for each `distance` (query position minus key position) its row in a table of 2 * `half`, int32.
+
+  Row `half` is distance 0; up to half / 2 they are single distances, then they grow as logarithms (He et al. 2021,
+  DeBERTa v2; transformers' order of float32 operations, on which the borders depend).
+  """
+  middle = half // 2
+  size = np.where(np.abs(distance) < middle, middle - 1, np.abs(distance)).astype(np.float32)
+  ratio = np.log(size / np.float32(middle)) / np.log(np.float32((max_distance - 1) / middle))
+  far = np.sign(distance) * (np.ceil(ratio * np.float32(middle - 1)) + middle)
+  return np.clip(np.where(size <= middle, distance, far) + half, 0, 2 * half - 1).astype(np.int32)
+
+
+class RelativeVectors(nnx.Module):
+  """A vector for each bucket of distance, shared by the layers, which project it as they do tokens: `disentangled`."""
+
+  def __init__(self, half: int, max_distance: int, norm: layers.NormSpec | None, width: int, std: float, **dtypes):
+    self.embedding = layers.param((2 * half, width), (None, "embed"), dtypes["params_dtype"], std=std)
+    if norm:
+      self.norm = layers.Norm((width,), norm, **dtypes)
+    self.half, self.max_distance, self.normed, self.dtype = half, max_distance, norm is not None, dtypes["dtype"]
+
+  def __call__(self, t: int, s: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the vectors [X, D] and one-hot rows [2 t - 1, X]: entry e is of the query e - (t - 1) after the key."""
+    assert t == s, (t, s)
+    rows = log_buckets(np.arange(-(t - 1), t), self.half, self.max_distance)
+    one_hot = jnp.asarray(rows[:, None] == np.arange(2 * self.half), self.dtype)
+    table = self.embedding[...].astype(self.dtype)
+    return self.norm(table) if self.normed else table, one_hot
+
+
+def disentangled(q_BTNH, k_BTNH, q_XNH, k_XNH, one_hot_EX) -> jax.Array:
+  """Returns float32 [B, N, T, T]: the scores of queries with the vectors of distances, and of these with keys.
+
+  He et al. 2020 (DeBERTa), section 3.1, without position to position. As in `RelativeBias`, no gather: its gradient
+  would be a scatter-add.
+  """
+  lines = (jnp.einsum("ex,xnh->enh", one_hot_EX, x, precision=lax.Precision.HIGHEST) for x in (k_XNH, q_XNH))
+  dot = lambda x, line: jnp.einsum("btnh,enh->bnte", x, line, preferred_element_type=jnp.float32)
+  content, position = (dot(x, line) for x, line in zip((q_BTNH, k_BTNH), lines))
+  scores = skew(content[..., ::-1]) + skew(position).swapaxes(-1, -2)
+  return sharding.pin(scores, ("batch", "heads", None, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +188,8 @@ class AttentionSpec:
   qk_norm: layers.NormSpec | None = None
   qk_norm_whole: bool = False  # over all heads at once (OLMo 2), not over each
   softcap: float = 0.0  # 0: none
+  disentangled: bool = False  # with scores between tokens and distances (DeBERTa), whose vectors come as the bias
+  distance_dropout: float = 0.0  # of these vectors
   dropout: float = 0.0  # of the probabilities
 
 
@@ -177,6 +228,10 @@ class Attention(nnx.Module):
     pair = context_BSD if isinstance(context_BSD, tuple) else self.keys_values(context_BSD, cos_sin)
     k, v = (sharding.pin(x, axes) for x in pair)
     q = sharding.pin(self.queries(x_BTD, cos_sin), axes)
+    if self.spec.disentangled:
+      key, drop = layers.keys(key, 2)
+      table_XD, one_hot_EX = layers.dropout(bias[0], self.spec.distance_dropout, drop), bias[1]
+      bias = disentangled(q, k, self.queries(table_XD, None), self.k(table_XD), one_hot_EX)
     return self.o(attend(q, k, v, bias, mask, self.spec.dropout, key, self.spec.softcap))
 
   def step(self, x_BKD, cache, layer, index, bias, prompt, masks, cos_sin) -> tuple[jax.Array, tuple]:

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.models import attention, heads, layers, stack
 
@@ -23,6 +24,7 @@ class Spec:
   decoder: stack.Spec
   heads: tuple[tuple[str, heads.Spec], ...]  # by name, see heads.Headed
   decoder_start: int
+  ends: tuple[int, ...] = ()  # classification takes the state of the last of these tokens, or else of the last token
   start_is_last: bool = False  # in training the decoder starts with the last target (mBART: a language, or the end)
   still: int | None = None  # token whose embedding gets no gradient from being read (torch's padding_idx)
 
@@ -42,7 +44,7 @@ class EncDec(heads.Headed):
     self.encoder = stack.Stack(spec.encoder, build)
     self.decoder = stack.Stack(spec.decoder, build, cross=True)
     self.add_heads(dict(spec.heads), width, build)
-    self.decoder_start, self.start_is_last = spec.decoder_start, spec.start_is_last
+    self.decoder_start, self.start_is_last, self.ends = spec.decoder_start, spec.start_is_last, spec.ends
     self.scale, self.neftune = spec.embed_scale, build.neftune
 
   def encode(self, inputs_BT: jax.Array, segments_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -66,7 +68,8 @@ class EncDec(heads.Headed):
     """Returns float32 [B, M, C]: as in BART (Lewis et al. 2019, section 3.1), both sides get the inputs."""
     body, head = layers.keys(key, 2)
     x_BTD = self.hidden(_both_sides(batch), body)
-    return self.classified(x_BTD, batch["input_segments"], batch["label_weights"].shape[1], head)
+    ends = jnp.isin(batch["inputs"], np.array(self.ends, np.int32))
+    return self.classified(x_BTD, batch["input_segments"], batch["label_weights"].shape[1], head, among_BT=ends)
 
   def tag(self, batch: dict, key: jax.Array | None) -> jax.Array:
     """Returns float32 [B, T, C]; both sides get the inputs."""

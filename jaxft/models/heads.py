@@ -24,6 +24,7 @@ class Spec:
   std: float  # of fresh weights
   dense: int = 0  # width of a layer between
   dense_bias: bool = True
+  dense_std: float | None = None  # of its fresh weights, where that is another than `std`
   act: str = ""  # after the dense layer, key of layers.ACTIVATIONS
   norm: layers.NormSpec | None = None
   tied: bool = False  # the output's weights are the embedding table
@@ -42,7 +43,8 @@ class Head(nnx.Module):
   def __init__(self, spec: Spec, width: int, build: layers.Build):
     inner = spec.dense or width
     if spec.dense:
-      self.dense = layers.dense(width, inner, ("embed", None), spec.std, spec.dense_bias, **build.dtypes)
+      std = spec.std if spec.dense_std is None else spec.dense_std
+      self.dense = layers.dense(width, inner, ("embed", None), std, spec.dense_bias, **build.dtypes)
     if spec.norm:
       self.norm = layers.Norm((inner,), spec.norm, **build.dtypes)
     if spec.out and not spec.tied:
@@ -78,9 +80,15 @@ class Head(nnx.Module):
     return attention.cap(y, s.softcap)
 
 
-def pool(x_BTD: jax.Array, segments_BT: jax.Array, examples: int, how: str) -> jax.Array:
-  """Returns [B, M, D]: entry m is the first, last or mean hidden state of segment m + 1; that of no segment is 0."""
+def pool(x_BTD: jax.Array, segments_BT: jax.Array, examples: int, how: str, among_BT=None) -> jax.Array:
+  """Returns [B, M, D]: entry m is the first, last or mean hidden state of segment m + 1; that of no segment is 0.
+
+  Of a segment that has some places in bool `among_BT`, only those count.
+  """
   inside_BMT = segments_BT[:, None, :] == jnp.arange(1, examples + 1)[:, None]
+  if among_BT is not None:
+    some_BMT = inside_BMT & among_BT[:, None]
+    inside_BMT = jnp.where(some_BMT.any(-1, keepdims=True), some_BMT, inside_BMT)
   if how == "mean":
     share = inside_BMT / jnp.maximum(inside_BMT.sum(-1, keepdims=True), 1)
     return jnp.einsum("bmt,btd->bmd", share.astype(x_BTD.dtype), x_BTD)
@@ -114,7 +122,7 @@ class Headed(nnx.Module):
     """Returns float32 [B, T, V] (or [B, T, C] of a head for each token)."""
     return sharding.pin(self.head(x_BTD, self.embed, key), ("batch", "length", "vocab"))
 
-  def classified(self, x_BTD: jax.Array, segments_BT: jax.Array, examples: int, key, name: str = "head") -> jax.Array:
-    """Returns float32 [B, M, C] for hidden states; `examples` is M."""
+  def classified(self, x_BTD, segments_BT, examples: int, key, name: str = "head", among_BT=None) -> jax.Array:
+    """Returns float32 [B, M, C] for hidden states; `examples` is M, `among_BT` is for `pool`."""
     head = getattr(self, name)
-    return head(pool(x_BTD, segments_BT, examples, head.spec.pool), self.embed, key)
+    return head(pool(x_BTD, segments_BT, examples, head.spec.pool, among_BT), self.embed, key)

@@ -9,7 +9,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxft.models import attention, heads, layers, stack
 
@@ -34,7 +33,7 @@ class Single(heads.Headed):
     self.side = "decoder" if s.causal else "encoder"
     setattr(self, self.side, stack.Stack(s, build))
     self.add_heads(dict(spec.heads), s.embedded if s.project_back else s.layer.attention.width, build)
-    self.scale, self.causal, self.neftune = spec.embed_scale, s.causal, build.neftune
+    self.scale, self.causal, self.neftune, self.prefix = spec.embed_scale, s.causal, build.neftune, build.prefix
 
   @property
   def body(self) -> stack.Stack:
@@ -66,7 +65,7 @@ class Single(heads.Headed):
     """
     count = jnp.sum(segments_BT > 0, 1, dtype=jnp.int32)
     last = jnp.maximum(count - 1, 0)
-    mask = attention.segment_mask(segments_BT, segments_BT, self.causal)
+    mask = attention.segment_mask(segments_BT, segments_BT, self.causal and not self.prefix)
     k, v = self.body.prefill(self.embedded(inputs_BT), segments_BT, mask)
     cache = dict(self.body.empty(inputs_BT.shape[0], beams, length), prompt_k=k, prompt_v=v, prompt_length=last)
     return cache, jnp.take_along_axis(inputs_BT, last[:, None], 1)[:, 0]

@@ -37,8 +37,9 @@ class Spec:
   norm: bool = False  # of the sum
   std: float = 0.0  # of fresh tables
   # ---- relative positions
-  buckets: int = 0
+  buckets: int = 0  # of distances; where attention is disentangled, on either side
   max_distance: int = 0
+  distance_norm: bool = False  # of the vectors of distances, where attention is disentangled
   ropes: tuple[rope.Rope, ...] = ()
   kinds: tuple[int, ...] = ()  # of each layer, which of the ropes; () where there is at most one
   windows: tuple[int, ...] = ()  # of each layer, how far attention reaches (attention.window_mask); 0: everywhere
@@ -51,7 +52,10 @@ class Spec:
 class Stack(nnx.Module):
   def __init__(self, spec: Spec, build: layers.Build, cross: bool = False):
     a, s = spec.layer.attention, spec
-    if s.buckets:
+    if s.buckets and a.disentangled:
+      norm = s.layer.norm if s.distance_norm else None
+      self.relative_bias = attention.RelativeVectors(s.buckets, s.max_distance, norm, a.width, s.std, **build.dtypes)
+    elif s.buckets:
       self.relative_bias = attention.RelativeBias(
         s.buckets, a.heads, s.max_distance, not s.causal, s.std, params_dtype=build.params_dtype
       )

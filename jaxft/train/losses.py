@@ -28,11 +28,11 @@ class Options:
 
 
 def make(kind: str, o: Options) -> Loss:
-  """Returns the loss of a kind of task: loss(model, batch, key) -> (loss sum, weight sum, {name: sum}), float32 scalars.
+  """Returns the loss of a kind of task: loss(model, batch, key) -> (loss sum, weight sum, {name: sum}), f32 scalars.
 
   `key` is for dropout (None: none). The weight is what the loss is divided by: supervised tokens, or examples. Among
-  the sums are "nll", the loss without smoothing and z-loss in nats, and "correct", the weight of what is predicted right.
-  The batch is laid out as models/single.py and models/encdec.py say, with weights f32[B, T] for tokens and
+  the sums are "nll", the loss without smoothing and z-loss in nats, and "correct", the weight of what is predicted
+  right. The batch is laid out as models/single.py and models/encdec.py say, with weights f32[B, T] for tokens and
   label_weights f32[B, M] for examples.
   """
   if kind in WHOLE:
@@ -116,8 +116,9 @@ def masked_and_next(model: Any, batch: dict, key: jax.Array | None, o: Options) 
   hidden = model.hidden(batch, body)
   loss, weight, sums = each_token(model.logits(hidden, head), batch, o)
   logits = model.classified(hidden, batch["input_segments"], batch["label_weights"].shape[1], other, "nsp")
-  nsp, _, more = weighted(logits, batch["labels"], batch["label_weights"], label_smoothing=0.0, z_loss=0.0)
-  return loss + o.nsp_scale * nsp, weight, dict(sums, nsp=o.nsp_scale * nsp, nsp_correct=o.nsp_scale * more["correct"])
+  nsp, examples, more = weighted(logits, batch["labels"], batch["label_weights"], label_smoothing=0.0, z_loss=0.0)
+  beside = dict(nsp=nsp, nsp_correct=more["correct"], nsp_weight=examples)
+  return loss + o.nsp_scale * nsp, weight, {**sums, **{k: o.nsp_scale * x for k, x in beside.items()}}
 
 
 _classified = lambda model, batch, key: model.classify(batch, key)

@@ -31,13 +31,13 @@ def make_schedule(*, lr: float, schedule: str, warmup: float, cooldown: float, e
   rate of zero, and the last of them has `lr`. With p the share of the steps after it that are done: linear falls to
   `end` * lr, cosine too along half a cosine; rsqrt is lr * sqrt(warmup / (step + 1)) (T5, arXiv 1910.10683 section
   3.1.2); wsd stays at lr, then falls linearly to zero over the last `cooldown` share of all steps (MiniCPM, arXiv
-  2404.06395).
+  2404.06395). `lr` may be a traced scalar, of which nobody checks that it is not negative.
   """
   if schedule not in SCHEDULES:
     raise InputError(
       f"optimizer.schedule is {schedule!r}; there are {', '.join(SCHEDULES)}{did_you_mean(schedule, SCHEDULES)}."
     )
-  if lr < 0 or warmup < 0 or steps < 1 or not 0 <= end <= 1 or not 0 <= cooldown <= 1:
+  if _negative(lr) or warmup < 0 or steps < 1 or not 0 <= end <= 1 or not 0 <= cooldown <= 1:
     raise InputError(
       f"optimizer: lr={lr}, warmup={warmup}, end={end}, cooldown={cooldown} over {steps} steps: lr and warmup must not "
       "be negative, steps at least 1, end and cooldown (shares) between 0 and 1."
@@ -111,13 +111,16 @@ def make(
 
   `layer_decay` times the learning rate for each layer further from the head (Clark et al. 2020, appendix B); it comes
   on top of `lr_rules`. `toward_init` pulls the weights to where they started (L2-SP, Li et al. 2018, section 3.2), as
-  decay does to zero; the state then holds a copy of them. `unfreeze` gives the step (below 1: the share of `steps`) from
-  which parameters move (gradual unfreezing, Howard and Ruder 2018, section 3.3): before it their gradient counts for
-  the statistics of the optimizer and for the global norm, and the update is dropped.
+  decay does to zero; the state then holds a copy of them. `unfreeze` gives the step (below 1: the share of `steps`)
+  from which parameters move (gradual unfreezing, Howard and Ruder 2018, section 3.3): before it their gradient counts
+  for the statistics of the optimizer and for the global norm, and the update is dropped.
+
+  `lr`, `decay`, `b1`, `b2` and `eps` may be traced scalars: then they are not checked, and a decay of 0 is a decay like
+  any other. The state is the same whether they are.
   """
   if name not in NAMES:
     raise InputError(f"optimizer.name is {name!r}; there are {', '.join(NAMES)}{did_you_mean(name, NAMES)}.")
-  if min(clip, decay, toward_init) < 0 or not 0 < layer_decay <= 1:
+  if min(clip, toward_init) < 0 or _negative(decay) or not 0 < layer_decay <= 1:
     raise InputError(
       f"optimizer: clip={clip}, decay={decay} and toward_init={toward_init} must not be negative (0 switches off), "
       f"layer_decay={layer_decay} must be above 0 and at most 1 (off)."
@@ -136,10 +139,10 @@ def make(
 
   parts = [optax.clip_by_global_norm(clip)] if clip else []
   parts += [_algorithm(name, leaves, b1, b2, eps)]
-  if decay:
-    parts += [_stateless(lambda u, p, step, path: u + p * _f32(decay * times_decay[path]))]
   if toward_init:
     parts += [_toward_init(toward_init)]
+  if _traced(decay) or decay:
+    parts += [_stateless(lambda u, p, step, path: u + p * _times(decay, times_decay[path]))]
   parts += [_stateless(lambda u, p, step, path: u * (-rate(step) * _f32(times_lr[path])))]
   if starts:
     moves = lambda u, step, path: jnp.where(step >= starts[path], u, jnp.float32(-0.0))
@@ -212,6 +215,19 @@ def _leaf(shape: tuple, axes: tuple) -> _Leaf:
 
 def _f32(x: Any) -> Any:
   return np.float32(x) if np.ndim(x) == 0 else np.asarray(x, np.float32)
+
+
+def _traced(x: Any) -> bool:
+  return isinstance(x, jax.Array)
+
+
+def _negative(x: Any) -> bool:
+  """Says whether `x` is known to be negative, which nothing traced is."""
+  return not _traced(x) and x < 0
+
+
+def _times(x: Any, factor: Any) -> Any:
+  return x * _f32(factor) if _traced(x) else _f32(x * factor)
 
 
 def _stateless(fn: Callable) -> optax.GradientTransformationExtraArgs:

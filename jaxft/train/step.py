@@ -5,6 +5,7 @@ A loss returns sums: (loss sum, weight sum, {name: sum}). They and the gradient 
 weighs.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -168,8 +169,15 @@ def shardings_of(tree: Tree) -> Tree:
 
 
 def init_params(init: Callable[[jax.Array], Tree], seed: int, shardings: Tree) -> Tree:
-  """Returns fresh parameters, `init(key)`, each born with its sharding."""
-  return jax.jit(lambda key: init(jax.random.wrap_key_data(key, impl=KEY)), out_shardings=shardings)(_key_data(seed))
+  """Returns fresh parameters, `init(key)`, each born with its sharding; the same `init` again compiles nothing."""
+  places, tree = jax.tree.flatten(shardings)
+  return _jit_init(init, tuple(places), tree)(_key_data(seed))
+
+
+@functools.lru_cache(maxsize=2)
+def _jit_init(init: Callable[[jax.Array], Tree], places: tuple, tree: Any) -> Callable:
+  start = lambda key: init(jax.random.wrap_key_data(key, impl=KEY))
+  return jax.jit(start, out_shardings=jax.tree.unflatten(tree, places))
 
 
 def init_state(params: Tree, seed: int, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
@@ -198,15 +206,37 @@ def _key_data(seed: int) -> np.ndarray:
   return np.asarray(jax.random.key_data(jax.random.key(seed, impl=KEY)))
 
 
-def jit_train_step(step: Callable, mesh: Mesh, rules: sharding.Rules, abstract: TrainState) -> Callable:
-  """Returns `step` compiled for the shardings of `abstract`; the state given to it is consumed (donated)."""
+def jit_train_step(
+  step: Callable, mesh: Mesh, rules: sharding.Rules, abstract: TrainState, *, hyper: bool = False
+) -> Callable:
+  """Returns `step` compiled for the shardings of `abstract`; the state given to it is consumed (donated).
+
+  With `hyper` it is step(state, batch, hyper), whose last argument is a dict of scalars; see `Bound`.
+  """
   one, places = sharding.replicated(mesh), shardings_of(abstract)
   return jax.jit(
     _pinned(step, mesh, rules),
     donate_argnums=0,
-    in_shardings=(places, sharding.batch_sharding(mesh, rules)),
+    in_shardings=(places, sharding.batch_sharding(mesh, rules), *((one,) if hyper else ())),
     out_shardings=(places, one),
   )
+
+
+class Bound:
+  """A jitted step(state, batch, hyper) together with its `hyper`, to be called, and lowered, as step(state, batch).
+
+  The numbers are arguments of the program and not part of it: another learning rate compiles nothing.
+  """
+
+  def __init__(self, jitted: Callable, hyper: Mapping[str, float], mesh: Mesh):
+    self.jitted = jitted
+    self._hyper = {k: jax.device_put(np.float32(v), sharding.replicated(mesh)) for k, v in hyper.items()}
+
+  def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    return self.jitted(state, batch, self._hyper)
+
+  def lower(self, state: TrainState, batch: Batch) -> Any:
+    return self.jitted.lower(state, batch, self._hyper)
 
 
 def jit_eval_step(step: Callable, mesh: Mesh, rules: sharding.Rules, shardings: Tree) -> Callable:

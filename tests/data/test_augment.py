@@ -131,6 +131,14 @@ def test_independent_of_the_batch(make, data):
 
 
 @pytest.mark.parametrize("make", MAKERS)
+def test_texts_without_special_tokens(make):
+  lengths, words = np.full(300, 3), np.tile([0, 1, 2], 300)
+  made, left, source = make(np.arange(900), lengths, words, np.arange(300), rate=0.6, seed=0, epoch=0)
+  owner = np.repeat(np.arange(300), left)
+  assert (made // 3 == owner).all() and not (made == np.arange(len(made))).all()
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_edges(make):
   none = make(np.zeros(0, np.int32), np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), rate=0.5, seed=0, epoch=0)
   assert [len(x) for x in none] == [0, 0, 0]

@@ -69,10 +69,10 @@ MISTRAL = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}
 PHI3 = """{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}
 {% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
 ZEPHYR = """{% for m in messages %}
-{% if m['role'] in ['user', 'system', 'assistant'] %}
+  {% if m['role'] in ['user', 'system', 'assistant'] %}
 {{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token }}
 {% endif %}
-{% if loop.last and add_generation_prompt %}
+  {% if loop.last and add_generation_prompt %}
 {{ '<|assistant|>' }}
 {% endif %}
 {% endfor %}"""
@@ -276,6 +276,7 @@ def test_sharegpt_and_tools(hf):
   assert [whole.text[a:b] for a, b in whole.spans] == ['\n<c>{"ä": [1]}</c><|im_end|>', "a<|im_end|>"]
   assert make("chatml").render(rows, '[{"type": "function", "function": {"name": "f", "description": "ü <b>", '
                                '"parameters": {}}}]', W) == whole  # fmt: skip
+  assert make("chatml").render(rows, [dict(name="f", description="ü <b>", parameters={})], W) == whole
   assert make("chatml").render(np.array(rows), "", W) == make("chatml").render(messages, None, W)
 
 
@@ -289,6 +290,10 @@ def test_contents():
   null = [dict(role="system", content=None), dict(role="user", content="q"), {"from": "gpt", "value": None}]
   made = make("chatml").render(null, None, W)
   assert "None" not in made.text and [made.text[a:b] for a, b in made.spans] == ["<|im_end|>"]
+  named = Template("{% for m in messages %}{{ m.content }}{{ '!' if m.name is defined }}</s>{% endfor %}", None, None)
+  assert named.prompt([dict(role="user", content="q", name=None), dict(role="user", content="q", name="n")], [], W) == (
+    "q</s>q!</s>"
+  )
   numbers = [dict(role="user", content=np.str_("q"), n=np.int64(3)), dict(role="assistant", content="a", t=object())]
   text = Template("{% for m in messages %}{{ m.content ~ m.n ~ m.t }}</s>{% endfor %}", None, "</s>")
   assert text.render(numbers, None, W).text == "q3</s>a<object></s>"

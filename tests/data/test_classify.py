@@ -5,6 +5,7 @@ a validation label that gets a number of its own, one label for multi-label rows
 part, label weights on rows that are not there.
 """
 
+import datasets
 import numpy as np
 import pytest
 
@@ -254,3 +255,27 @@ def test_report(rows_store, wordpiece, batches):
   ):
     assert part in text, (part, text)
   assert "end-of-text" not in text and "special" not in text
+
+
+def test_names_that_a_data_set_has_for_its_ids(make_store, byt5, wordpiece, tmp_path):
+  names = ["pos", "neg", "odd"]
+
+  def saved(folder, names, labels):
+    features = datasets.Features(dict(sentence=datasets.Value("string"), label=datasets.ClassLabel(names=names)))
+    data = dict(sentence=[f"t{i}" for i in labels], label=labels)
+    datasets.Dataset.from_dict(data, features=features).save_to_disk(tmp_path / folder)
+    return f"hub:{tmp_path / folder}"
+
+  given = dict(tokenizer=byt5, task=tasks.Task("classify", "{input}"), lengths=dict(inputs=9))
+  s = make_store(source=saved("a", names, [0, 1, 0]), **given)
+  assert s.labels == ("pos", "neg", "odd") and s.class_counts.tolist() == [2, 1, 0] and s.texts(1) == ("t1", "neg")
+  other = saved("b", ["neg", "pos"], [0, 1])  # the same names, otherwise numbered
+  assert make_store(source=other, labels=s.labels, **given).scalar("labels", np.arange(2)).tolist() == [1, 0]
+  assert make_store(source=[(other, 1), (saved("c", ["neg", "pos"], [1]), 1)], **given).labels == ("neg", "pos")
+  features = dict(
+    tokens=datasets.List(datasets.Value("string")), ner_tags=datasets.List(datasets.ClassLabel(names=["O", "B-X"]))
+  )
+  rows = dict(tokens=[["a", "man"]], ner_tags=[[1, 0]])
+  datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path / "d")
+  t = make_store(source=f"hub:{tmp_path / 'd'}", tokenizer=wordpiece, task=tasks.Task("tag", "{input}"))
+  assert t.labels == ("O", "B-X") and t.texts(0) == ("a man", "B-X O") and t.report["scheme"] == "iob2"

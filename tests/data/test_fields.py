@@ -127,9 +127,9 @@ def test_balance(opened, batches):
   finally:
     del KINDS["skewed"], NAMES["skewed"]
   assert s.class_counts.tolist() == [30, 10, 160]
-  for given in (dict(), dict(pack=False), dict(pack=False, buckets=(0.4,))):
+  for given in (dict(), dict(pack=False), dict(pack=False, buckets=(0.3, 0.4, 0.5, 0.6, 0.8), batch=2)):
     b, epochs = batches(s, balance="sampling", **given), []
-    for epoch in range(3):
+    for epoch in range(6):
       ids = [i for step in range(b.steps(epoch), b.steps(epoch + 1)) for i in b.example_ids(step)]
       counts = np.bincount(s.scalar("labels", np.array(ids)), minlength=3)
       assert len(ids) == 200 and counts.max() - counts.min() <= 1
@@ -140,7 +140,7 @@ def test_balance(opened, batches):
     assert sorted(epochs[0]) != sorted(epochs[1]) and b.locate(b.steps(2))[0] == 2
     again = batches(s, balance="sampling", **given)
     assert again.example_ids(b.steps(1)) == b.example_ids(b.steps(1))
-  assert b.summary()["balance"] == "sampling"
+  assert len({b.steps(e + 1) - b.steps(e) for e in range(6)}) > 1 and b.summary()["balance"] == "sampling"
 
 
 @pytest.mark.parametrize("name", ["multi", "regress", "sft"])

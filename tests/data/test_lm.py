@@ -115,6 +115,13 @@ def test_a_token_that_straddles_belongs_to_the_completion(rows_store, bytelevel,
   assert any("In 2 examples (66.7%) one token holds the end of the prompt" in w for w in r["warnings"])
 
 
+def test_nothing_predicts_a_first_token(rows_store, bytelevel, bosbpe):
+  for t, first in ((bytelevel, 0), (bosbpe, 0)):
+    s = rows_store([{"text": "two men"}] * 2, t, "sft", input="", target="{text}")
+    weights = s.gather("weights", np.array([1]))
+    assert weights[0] == first and weights[1:].all() and s.supervised[1] == len(weights) - 1
+
+
 def test_texts_that_spell_special_tokens(rows_store, bosbpe):
   s = rows_store([{"prompt": "<s>Q:", "completion": " man</s>"}] * 2, bosbpe, "sft")
   ids = s.tokens("inputs", 0).tolist()
@@ -210,6 +217,7 @@ def test_chats(rows_store, bytelevel, turns, expected):
   whole = "<|user|>a man<|end|>\n<|assistant|>men<|end|>\n<|user|>two<|end|>\n<|assistant|>young men<|end|>\n"
   i = 1 if turns == "each" else 0
   assert s.tokens("inputs", i).tolist() == bytelevel.hf(whole)["input_ids"]
+  assert s.report["tasks"][0]["chat"]
   if turns == "each":
     assert s.texts(1) == (whole[:-17], "young men<|end|>") and s.row_of(np.arange(4)).tolist() == [0, 0, 1, 2]
     assert s.where(1).endswith("line 1") and s.report["rows_kept"] == 3 and s.report["examples"] == 4

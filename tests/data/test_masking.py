@@ -164,6 +164,11 @@ def test_mlm_edges():
   assert empty[0].shape == empty[1].shape == (0, 8)
   twice = [np.concatenate([x, x], 1) for x in (tokens[:, :3], ids[:, :3], places[:, :3], predictable[:, :3])]
   assert masked(*twice, None, share=0.0)[1].tolist() == [[0, 1, 0, 0, 1, 0]]  # one example twice in a row
+  long = batch([60], 60)
+  twice = [np.concatenate([x, x], 1) for x in long]
+  for epoch in range(9):
+    both = masked(*twice, whole_word=True, epoch=epoch)[1]
+    assert (both[:, :60] == both[:, 60:]).all()
   words = np.array([[-1, 0, 0, 1, -1, 0, 1, 1, -1]])  # a pair of texts: numbers begin anew
   args = np.arange(9)[None] + 10, np.zeros((1, 9), int), np.arange(9)[None], words >= 0, words
   made = {

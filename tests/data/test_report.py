@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from jaxft import setup
+from jaxft import evaluations
 from jaxft.data import clean, pipeline, report
 
 PAIRS = [("a b c" * 3, "Ein Mann"), ("q", ""), ("x\ty \u2028 z", "Fenster" * 9), ("q", "Frei")] + [
@@ -83,13 +83,17 @@ def test_notice_is_one_line_of_what_was_lost(make_store):
 
 def test_evaluators_say_what_their_data_lost(make_store, caplog, monkeypatch):
   store = make_store([("a", "b"), ("q", "")])
-  monkeypatch.setattr(setup, "store", lambda *_: store)
-  monkeypatch.setattr(setup.evaluators, "whole_batch", lambda *_: 4)
-  monkeypatch.setattr(setup.evaluators, "LossEvaluator", lambda *_, **__: None)
+  nothing = lambda *_, **__: None
+  for name, value in (("store", lambda *_, **__: store), ("check_positions", nothing), ("loss_options", nothing)):
+    monkeypatch.setattr(evaluations.setup, name, value)
+  monkeypatch.setattr(evaluations.losses, "make", nothing)
+  monkeypatch.setattr(evaluations.evaluators, "whole_batch", lambda *_: 4)
+  monkeypatch.setattr(evaluations.evaluators, "LossEvaluator", nothing)
   data = types.SimpleNamespace(validation="", lengths=store.caps, pack=True, buckets=())
-  model = types.SimpleNamespace(tokenizer=None, mesh=None, rules=None, skeleton=None)
+  model = types.SimpleNamespace(tokenizer=None, mesh=None, rules=None, skeleton=types.SimpleNamespace(labels=()))
   e = dict(kind="loss", data="x", limit=0, batch=4, every=0)
-  setup._evaluator(types.SimpleNamespace(data=data), model, None, "dev", e, None)
+  task = dict(kind="seq2seq", input="{input}", target="{target}")
+  evaluations._one(types.SimpleNamespace(data=data, task=task), model, None, "dev", e, None)
   assert "evals.dev" in caplog.text and "dropped 1 (empty target; in.txt + out.txt, line 2)" in caplog.text
 
 

@@ -56,9 +56,8 @@ SLOW = dict(
 )
 BIG = dict(
   output=LONG + "{% for i in range(99999) %}{{ a }}{% endfor %}",
-  output_of_a_macro=LONG
-  + "{% macro f() %}{% for i in range(99999) %}{{ a }}{% endfor %}{% endmacro %}{{ f()|length }}",
-  output_of_a_set=LONG + "{% set x %}{% for i in range(99999) %}{{ a }}{% endfor %}{% endset %}{{ x|length }}",
+  output_of_a_macro=LONG + "{% macro f() %}{% for i in range(999) %}{{ a }}{% endfor %}{% endmacro %}{{ f()|length }}",
+  output_of_a_set=LONG + "{% set x %}{% for i in range(999) %}{{ a }}{% endfor %}{% endset %}{{ x|length }}",
   times="{{ 'abc' * 10**9 }}",
   times_left="{{ 10**9 * 'abc' }}",
   times_list="{{ ([1] * 10**9)|length }}",
@@ -80,7 +79,7 @@ BIG = dict(
   ljust="{{ 'a'.ljust(10**9) }}",
   zfill="{{ 'a'.zfill(10**9)|length }}",
   center="{{ 'a'|center(10**9) }}",
-  indent=LONG + "{{ a.replace('a', '\n')|indent(99) }}",
+  indent=LONG + "{{ a.replace('a', '\n\n\n\n')|indent(99) }}",
   json_indent="{{ messages|tojson(indent=10**9) }}",
   json_separators=LONG + "{{ ([1] * 1000)|tojson(separators=(a, a)) }}",
   replace=LONG + "{{ a.replace('a', a)|length }}",
@@ -196,6 +195,8 @@ HARMLESS = """{% macro wrap(x, n=2) %}<{{ x }}:{{ n }}{{ caller() if caller else
 {{ 'x\ny'|indent(2) }}{{ {'b': 1, 'a': 2}|dictsort }}{{ 'é<"'|e }}{{ '-'.join(['a', 'b']) }}{{ (1, 2)|sum }}{{ 7 // 2 }}
 {{ 'a'|center(5) }}{{ 1.239|round(2) }}{{ [1, 2, 3]|batch(2, 0)|list }}{{ nothing|default('d') }}{{ 'ab'|first }}
 {{ '%s and %s'|format(1, 'x') }}{{ ['a', 'b']|map('upper')|list }}{{ dict(a=1).a }}{{ namespace(q=5).q }}{{ 2 ** 10 }}
+    {% if true %}indented
+    {% endif %}
 {% set ns = namespace(n=0) %}{% for i in range(10) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}{{ not_there }}"""
 
 

@@ -40,6 +40,9 @@ class Store:
   def __len__(self):
     return N
 
+  def prompt(self, i):
+    return self.tokens("inputs", i)
+
   def tokens(self, name, i):
     return self.rows[name][i]
 

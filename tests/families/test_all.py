@@ -23,8 +23,6 @@ from tests.families import parity, reference, tiny
 
 CONFIGS = {n: c for group in list(vars(tiny).values()) if isinstance(group, dict) for n, c in group.items()
            if isinstance(c, dict) and "model_type" in c}  # fmt: skip
-CONFIGS["t5"] = reference.config("t5")
-CONFIGS["mt5"] = {**reference.config("mt5"), "tie_word_embeddings": True}  # what else it means: see families/t5.py
 KINDS = list(dict.fromkeys(c["model_type"] for c in CONFIGS.values()))
 PARTS = {"gemma3"}  # families that settle as another
 DEPTHS = (
@@ -52,8 +50,10 @@ def twin(f: fields.Field) -> bool:
 def numbers(config: dict) -> tuple:
   """Returns all that a config.json says of the model: its numbers with every head, and the tokens of decoding."""
   chosen = registry.FAMILIES[config["model_type"]]
-  c = fields.read({k: v for k, v in config.items() if k not in registry.GENERATION}, chosen.fields)
-  return chosen.spec(c), [h.spec(c, 7) for h in chosen.heads.values()], c["pad_token_id"], c["eos_token_id"]
+  own = [k for k in chosen.fields if k in registry.GENERATION]
+  c = fields.read({k: v for k, v in config.items() if k not in registry.GENERATION or k in own}, chosen.fields)
+  tokens = c["pad_token_id"], c["eos_token_id"], *(c[k] for k in own)
+  return chosen.spec(c), [h.spec(c, 7) for h in chosen.heads.values()], tokens
 
 
 def theirs(config: dict):
@@ -61,9 +61,14 @@ def theirs(config: dict):
   return transformers.AutoConfig.for_model(given.pop("model_type"), **given)
 
 
+MUST = {  # what the config.json of a family must say beyond the defaults of transformers, which mean another model
+  "deberta-v2": dict(relative_attention=True, share_att_key=True, pos_att_type=["p2c", "c2p"], position_buckets=256)
+}
+
+
 def bare(kind: str) -> dict:
   """Returns the shortest config.json of a family, at the size that transformers has for it."""
-  made = transformers.CONFIG_MAPPING[kind]()
+  made = transformers.CONFIG_MAPPING[kind](**MUST.get(kind, {}))
   needed = {k: getattr(made, k) for k, f in table(kind).items() if f.default is fields.REQUIRED}
   return {"model_type": kind, **needed}
 
@@ -78,7 +83,7 @@ OTHER_DEFAULTS = {  # (family, field) -> why the default is another than the att
 def test_defaults_are_those_of_transformers(kind):
   """Each by itself, save those that are null here and derived there; and all together: what a file without any optional
   field means, at the size that transformers has for it."""
-  made, known = transformers.CONFIG_MAPPING[kind](), table(kind)
+  made, known = transformers.CONFIG_MAPPING[kind](**MUST.get(kind, {})), table(kind)
   optional = {k: f for k, f in known.items() if f.default is not fields.REQUIRED and not twin(f) and hasattr(made, k)}
   wrong = {k: (f.default, getattr(made, k)) for k, f in optional.items()
            if f.default is not None and f.default != getattr(made, k)}  # fmt: skip
@@ -93,15 +98,20 @@ def test_config_means_what_transformers_makes_of_it(name):
   assert numbers(json.loads(theirs(config).to_json_string())) == numbers(config)
 
 
+OLD_BART = "classif_dropout extra_pos_embeddings force_bos_token_to_be_generated save_step"
 NO_EFFECT = {  # fields that a family reads and that change no number of it; each says why in its FIELDS
   "gpt2": "reorder_and_upcast_attn n_ctx summary_type summary_use_proj summary_activation summary_proj_to_labels "
   "summary_first_dropout",
   "opt": "activation_dropout",
   "gpt_neox": "attention_probs_dropout_prob hidden_dropout_prob is_decoder",
   "electra": "summary_type summary_use_proj summary_activation summary_last_dropout",
+  "modernbert": "max_position_embeddings layer_norm_eps position_embedding_type sparse_prediction reference_compile "
+  "sparse_pred_ignore_index deterministic_flash_attn repad_logits_with_grad",
   "gemma2": "cache_implementation",
   "gemma3_text": "cache_implementation _sliding_window_pattern",
   "phi3": "max_position_embeddings original_max_position_embeddings embd_pdrop",
+  **dict.fromkeys(("bart", "mbart"), OLD_BART),
+  **dict.fromkeys(("pegasus", "marian"), f"classifier_dropout {OLD_BART}"),
   "t5": "dense_act_fn is_gated_act n_positions max_position_embeddings",
   "mt5": "dense_act_fn is_gated_act n_positions max_position_embeddings",
 }
@@ -265,7 +275,8 @@ def test_fresh_weights_are_distributed_as_the_original(kind, head):
   config = shallow(of(kind)[0])
   skeleton = registry.skeleton(config, want=registry.Wanted(head), **parity.HOW)
   leaves = {"/".join(path): leaf for path, leaf in nnx.split(skeleton.module)[1].flat_state()}
-  theirs = fresh_torch(config, head).named_parameters()
+  model = fresh_torch(config, head)
+  theirs = (*model.named_parameters(), *model.named_buffers())
   tensors = {parity.SAVED.get((kind, name), name): p.detach().numpy() for name, p in theirs}
   for entry in names.entries(skeleton.rules, trees.flatten(skeleton.shapes)):
     for rule in entry.rules:

@@ -6,7 +6,6 @@ factor; positions without their offset of 2; norms after the sum for those befor
 of decoding; deviations of the last matrices not divided by the root of the number of layers.
 """
 
-import json
 import logging
 
 import jax
@@ -29,9 +28,8 @@ def test_variant(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", tiny.DECODERS)
-def test_variant_generates_and_is_exported(name, tmp_path):
+def test_variant_is_exported(name, tmp_path):
   pytest.importorskip("torch", reason="no torch: families other than T5 are not compared with transformers")
-  parity.check_generation(tiny.DECODERS[name], tmp_path / "model", parity.WAYS[1])
   parity.check_export(tiny.DECODERS[name], "lm", tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -109,8 +107,9 @@ OLD = dict(  # what config.json files on the Hub hold besides, and how many posi
     SIZES["gpt-neox-20b"][0],
     dict(
       architectures=["GPTNeoXForCausalLM"], attention_probs_dropout_prob=0, bos_token_id=0, eos_token_id=0,
-      hidden_act="gelu_fast", hidden_dropout_prob=0, initializer_range=0.02, layer_norm_eps=1e-05, rotary_emb_base=10000,
-      rotary_pct=0.25, max_position_embeddings=2048, tie_word_embeddings=False, use_parallel_residual=True,
+      hidden_act="gelu_fast", hidden_dropout_prob=0, initializer_range=0.02, layer_norm_eps=1e-05,
+      rotary_emb_base=10000, rotary_pct=0.25, max_position_embeddings=2048, tie_word_embeddings=False,
+      use_parallel_residual=True,
       torch_dtype="float16", transformers_version="4.24.0"),
     0),
 )  # fmt: skip
@@ -120,9 +119,9 @@ OLD = dict(  # what config.json files on the Hub hold besides, and how many posi
 def test_config_on_the_hub(name):
   config, more, positions = OLD[name]
   skeleton = registry.skeleton({**config, **more}, **HOW)
-  act = (lambda c: {**c, "hidden_act": "gelu_fast"}) if name == "gpt_neox" else lambda c: c
+  act = {k: v for k, v in more.items() if k == "hidden_act"}  # the one that is no default
   assert skeleton.positions == positions and skeleton.kind == "lm"
-  assert skeleton.spec == registry.skeleton(act(config), **HOW).spec
+  assert skeleton.spec == registry.skeleton({**config, **act}, **HOW).spec
 
 
 @pytest.mark.parametrize("base,field,value,says", [
@@ -219,5 +218,5 @@ def test_other_heads_in_a_file_are_not_read(tmp_path):
   lacking = hub.lacking(tmp_path, skeleton.rules, skeleton.shapes, ["head/.*"], **more)
   assert lacking == {"head/kernel", "head/bias"}
   found = hub.load(tmp_path, skeleton.rules, skeleton.shapes, None, without=lacking, **more)
-  assert json.loads(json.dumps(skeleton.json))["architectures"] == ["GPT2ForTokenClassification"]
+  assert skeleton.json["architectures"] == ["GPT2ForTokenClassification"]
   jax.tree.map(np.testing.assert_array_equal, found["decoder"], params["decoder"])

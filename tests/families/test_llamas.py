@@ -16,7 +16,7 @@ import transformers
 from jaxft import hub, safetensors, trees
 from jaxft.errors import InputError
 from jaxft.families import registry, ropes
-from tests.families import parity, tiny
+from tests.families import parity, reference, tiny
 
 LINEAR = dict(rope_type="linear", factor=8.0)
 LLAMA31 = dict(
@@ -63,7 +63,8 @@ def their_rope(config: dict, seq_len: int | None = None) -> tuple[np.ndarray, fl
 
 TINY = [c for n, c in tiny.LLAMAS.items() if n.split("_")[1] in ropes.KINDS]
 REAL = [
-  dict(tiny.LLAMA, model_type="llama", head_dim=h, max_position_embeddings=131_072, rope_parameters=given | {"rope_theta": t})
+  dict(tiny.LLAMA, model_type="llama", head_dim=h, max_position_embeddings=131_072,
+       rope_parameters=dict(given, rope_theta=t))
   for h, t, given in (
     (128, 1e4, dict(rope_type="default")), (256, 1e4, LINEAR), (64, 5e5, LLAMA31 | dict(factor=32.0)),
     (128, 5e5, LLAMA31), (128, 1e6, YARN), (64, 1e4, YARN | dict(factor=2.3, beta_fast=17, beta_slow=2.5)))
@@ -132,7 +133,8 @@ GE = dict(eps=1e-6, attention_bias=False, bos_token_id=2, eos_token_id=1, pad_to
 GE2 = GE | dict(hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, cache_implementation="hybrid")
 SIZES = {
   "Llama-2-7b": (6_738_415_616, real("llama", 32000, 4096, 11008, 32, 32, 32, 4096, **LL)),
-  "Llama-3.1-8B": (8_030_261_248, real("llama", 128256, 4096, 14336, 32, 32, 8, 131072, **LL3 | dict(rope_scaling=LLAMA31))),
+  "Llama-3.1-8B": (8_030_261_248, real(
+    "llama", 128256, 4096, 14336, 32, 32, 8, 131072, **LL3 | dict(rope_scaling=LLAMA31))),
   "Llama-3.2-1B": (1_235_814_400, real(
     "llama", 128256, 2048, 8192, 16, 32, 8, 131072, **LL3 | dict(rope_scaling=LLAMA31 | dict(factor=32.0)), head_dim=64,
     tie_word_embeddings=True)),
@@ -140,7 +142,7 @@ SIZES = {
     "llama", 128256, 3072, 8192, 28, 24, 8, 131072, **LL3 | dict(rope_scaling=LLAMA31 | dict(factor=32.0)),
     head_dim=128, tie_word_embeddings=True)),
   "SmolLM2-135M": (134_515_008, real(
-    "llama", 49152, 576, 1536, 30, 9, 3, 8192, **LL | dict(initializer_range=0.041666666666666664), is_llama_config=True,
+    "llama", 49152, 576, 1536, 30, 9, 3, 8192, **LL, initializer_range=0.041666666666666664, is_llama_config=True,
     rope_interleaved=False, tie_word_embeddings=True, theta=100_000,
     **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}})),
   "Mistral-7B-v0.1": (7_241_732_096, real(
@@ -252,6 +254,12 @@ def write_tensors(folder, tensors: dict) -> None:
   safetensors.write(folder / "model.safetensors", shapes, np.dtype(np.float32), tensors.items())
 
 
+def logits(made, params, rows: dict) -> np.ndarray:
+  """Returns logits at real places."""
+  run = jax.jit(lambda p, b: (lambda m: m.logits(m.hidden(b, None)))(made.bind(p)), compiler_options=reference.FAST)
+  return np.asarray(run(params, rows))[rows["input_segments"] > 0]
+
+
 @pytest.mark.parametrize("same", (True, False))
 def test_a_head_in_the_file_of_a_tied_model(same, tmp_path, caplog):
   """A copy of the table is the tied head; another head is not tied, as transformers 5 reads it."""
@@ -266,10 +274,8 @@ def test_a_head_in_the_file_of_a_tied_model(same, tmp_path, caplog):
   assert made.json["tie_word_embeddings"] is same and ("kernel" in params.get("head", {})) is not same
   assert ("differs from model.embed_tokens.weight" in caplog.text) is not same
   rows = parity.batch("lm", made.json)
-  model = made.bind(params)
   wanted = parity.theirs(theirs, "lm", rows)[0][0]
-  found = np.asarray(model.logits(model.hidden(rows, None)))[rows["input_segments"] > 0]
-  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(logits(made, params, rows), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_text_part_of_a_gemma3(tmp_path, caplog):
@@ -293,9 +299,7 @@ def test_text_part_of_a_gemma3(tmp_path, caplog):
         tmp_path, {"model." + n.replace("language_model.model", "language_model"): x for n, x in tensors.items()}
       )
     made, params = parity.load(tmp_path)
-    bound = made.bind(params)
-    found = np.asarray(bound.logits(bound.hidden(rows, None)))[rows["input_segments"] > 0]
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits(made, params, rows), wanted, rtol=1e-5, atol=1e-5)
   assert "takes the text part" in caplog.text and made.json["model_type"] == "gemma3_text"
   how = dict(dtype="float32", shard_gb=1.0, generation_config=None, tokenizer_from=None)
   hub.save(tmp_path / "text", made.rules, params, made.json, **how)
@@ -306,11 +310,12 @@ def test_text_part_of_a_gemma3(tmp_path, caplog):
 
 def test_gemma3_files_say_little_of_their_text(tmp_path):
   """google/gemma-3-4b-it's config.json; and one with another head than the language model is refused."""
+  text = dict(
+    hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34, sliding_window=1024,
+    rope_scaling=LINEAR)  # fmt: skip
   config = dict(
-    model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"], boi_token_index=255999, eos_token_id=[1, 106],
-    vision_config=dict(hidden_size=1152), text_config=dict(
-      hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34, sliding_window=1024,
-      rope_scaling=dict(LINEAR)))  # fmt: skip
+    model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"], boi_token_index=255_999,
+    eos_token_id=[1, 106], text_config=text, vision_config=dict(hidden_size=1152))  # fmt: skip
   (tmp_path / "config.json").write_text(json.dumps(config))
   made = registry.skeleton(registry.read_config(tmp_path), **parity.HOW)
   assert made.generation["eos"] == (1, 106) and made.spec.vocab == 262_208

@@ -145,6 +145,12 @@ def test_what_is_off_or_harmless_passes_without_a_word(caplog):
   assert not caplog.records
 
 
+def test_bad_words_of_one_token_are_suppressed():
+  """Save the end token, which transformers never bars so."""
+  theirs = dict(bad_words_ids=[[40], [1], [7]], suppress_tokens=[9])
+  assert options.read(GENERATION, theirs, length=4).suppress == (9, 40, 7)
+
+
 def test_ids_outside_the_vocabulary_bar_nothing():
   """Old files say suppress_tokens [-1] for "none"; the last entry is not meant."""
   o = options.Options(**BASE, suppress=(-1, 5, 99), begin_suppress=(-2,))
@@ -157,7 +163,8 @@ def test_ids_outside_the_vocabulary_bar_nothing():
   "config,given,message",
   [
     (None, {}, "set max_new_tokens"),
-    (dict(bad_words_ids=[[3]]), dict(length=5), "bad_words_ids=.*not implemented"),
+    (dict(bad_words_ids=[[3], [5, 6]]), dict(length=5), r"bad_words_ids .*one token .\[5, 6\].*not implemented"),
+    (dict(bad_words_ids=[3]), dict(length=5), r"bad_words_ids=\[3\] .it is a list of lists"),
     (dict(do_sample=True, typical_p=0.9), dict(length=5), "typical_p=0.9"),
     (None, dict(length=5, beams=2, temperature=1.0), "beam sampling"),
     (None, dict(length=5, top_k=3), "temperature above 0"),

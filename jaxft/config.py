@@ -121,6 +121,8 @@ def _task() -> ConfigDict:
   c.stride = -1  # causal, qa: tokens that each further piece of a long text repeats; -1: 0, of qa 128
   c.mix = ()  # further pairs (input, target) of templates, one of all taken for a row each epoch
   c.turns = "all"  # sft, prefix_lm, of a chat: which answers are learnt: all, last, each (in an example of its own)
+  c.mask = dict(share=0.15, whole_word=False)  # mlm, mlm_nsp: share of the tokens that is hidden, whole words or not
+  c.corruption = dict(density=0.15, span=3.0)  # span_corruption: share of the tokens, mean length of a hidden span
   c.template = ""  # chat template: a .jinja file or its text; empty: the tokenizer's own
   return c
 
@@ -157,6 +159,8 @@ def _data() -> ConfigDict:
   c.too_long_share = 0.01
   c.clean = dict(strip=True, unicode="", min_chars=0, max_chars=0, max_ratio=0.0, dedup=False)  # 0 and "" switch off
   c.balance = "none"  # sampling: as many examples of each class an epoch
+  # in training, probability of each word to be left out, and to be swapped with the next; classify, regress, seq2seq
+  c.augment = dict(word_dropout=0.0, word_swap=0.0)
   c.limit = 0  # rows read of the training data; 0: all
   c.cache = ""  # folder of token caches; empty: $JAXFT_CACHE, else ~/.cache/jaxft
   c.workers = 0  # processes that tokenise; 0: one a core

@@ -5,7 +5,7 @@ import logging
 import pathlib
 from typing import Any
 
-from jaxft import display, modeling, setup
+from jaxft import display, kinds, modeling, setup
 from jaxft.config import EVAL, Reader
 from jaxft.data import cache, pipeline, qa, tasks
 from jaxft.data import report as data_report
@@ -50,7 +50,7 @@ def _one(c: Reader, m: modeling.Model, home: pathlib.Path | None, name: str, e: 
   data = setup.store(
     c, m.tokenizer, e["data"] or c.data.validation, key, labels=m.skeleton.labels, limit=e["limit"], mixed=False
   )
-  setup.check_positions(m, data, key)
+  setup.check_positions(c, m, data, key)
   said = data_report.notice(data.report)
   if said:
     log.warning("The data of evals.%s: %s.", name, said)
@@ -59,7 +59,7 @@ def _one(c: Reader, m: modeling.Model, home: pathlib.Path | None, name: str, e: 
     return _generate(m, name, e, data, folder, bar)
   once = pipeline.Batches(
     data, seed=0, batch=evaluators.whole_batch(e["batch"], m.mesh, m.rules), lengths=c.data.lengths, pack=c.data.pack,
-    buckets=tuple(c.data.buckets), shuffle=False)  # fmt: skip
+    buckets=tuple(c.data.buckets), shuffle=False, dynamic=kinds.dynamic(c, m.tokenizer, training=False))  # fmt: skip
   more = dict(batches=once, mesh=m.mesh, rules=m.rules, progress=bar)
   told = setup.loss_options(c, data, plain=True)
   if e["kind"] == "loss":

@@ -13,13 +13,14 @@ import numpy as np
 
 from jaxft import flops, kinds, modeling, observe, sharding, trees
 from jaxft.config import Reader
-from jaxft.data import cache, clean, pipeline, tasks, tokens
+from jaxft.data import cache, clean, hidden, pipeline, tokens
 from jaxft.errors import InputError, did_you_mean
 from jaxft.families import registry
 from jaxft.models import layers
 from jaxft.train import checkpoint, loop, losses, optimizer, step
 
 log = logging.getLogger("jaxft")
+task = kinds.task
 
 DONE = "done.json"  # in a run folder: why training ended, once it has
 
@@ -68,7 +69,7 @@ def store(
     tokenizer=tokenizer,
     task=task(c) if mixed else dataclasses.replace(task(c), mix=()),
     clean=cleaning(c),
-    lengths=d.lengths,
+    lengths=kinds.lengths(c),
     too_long=d.too_long,
     too_long_share=d.too_long_share,
     limit=limit,
@@ -77,14 +78,6 @@ def store(
     labels=labels,
     template=kinds.chats(c, tokenizer),
   )
-
-
-def task(c: Reader) -> tasks.Task:
-  t = {k: v for k, v in c.task.items() if k not in kinds.FIELDS}
-  wrong = sorted(set(t) - {f.name for f in dataclasses.fields(tasks.Task)})
-  if wrong:
-    raise InputError(f"config: task.{wrong[0]} does not exist{did_you_mean(wrong[0], tasks.Task.__annotations__)}.")
-  return tasks.Task(**t)
 
 
 def model_for(c: Reader, source: modeling.Source, data: cache.Store) -> modeling.Model:
@@ -99,7 +92,7 @@ def model_for(c: Reader, source: modeling.Source, data: cache.Store) -> modeling
     )
   want = modeling.wanted(t.kind, source.json, labels, multi=t.multi, mlp=(head.width, head.act))
   m = modeling.make(c, source, want)
-  check_positions(m, data, "data.train")
+  check_positions(c, m, data, "data.train")
   return m
 
 
@@ -126,12 +119,12 @@ def training_data(c: Reader, source: modeling.Source) -> cache.Store:
   return data
 
 
-def check_positions(m: modeling.Model, data: cache.Store, key: str) -> None:
+def check_positions(c: Reader, m: modeling.Model, data: cache.Store, key: str) -> None:
   """Raises InputError where an example is longer than the model has positions."""
-  longest, most = int(data.lengths["inputs"].max()), m.skeleton.positions
+  longest, most = min(int(data.lengths["inputs"].max()), c.data.lengths["inputs"]), m.skeleton.positions
   if most and longest > most:
     raise InputError(
-      f"config: data.lengths.inputs is {data.caps['inputs']}, but this {m.skeleton.json['model_type']} has {most} "
+      f"config: data.lengths.inputs is {c.data.lengths['inputs']}, but this {m.skeleton.json['model_type']} has {most} "
       f"positions, and {key} has examples of {longest} tokens. Set --config.data.lengths.inputs={most}."
     )
 
@@ -148,6 +141,7 @@ def batches(c: Reader, data: cache.Store, m: modeling.Model) -> pipeline.Batches
     buckets=tuple(c.data.buckets),
     shuffle=True,
     balance=c.data.balance,
+    dynamic=kinds.dynamic(c, m.tokenizer),
   )
 
 
@@ -166,8 +160,11 @@ def total_steps(c: Reader, data: pipeline.Batches) -> int:
 
 def loss_options(c: Reader, data: cache.Store, *, plain: bool = False) -> losses.Options:
   """Returns what the loss of training is told, or `plain`, that of evaluation: without what only training wants."""
+  beside = {}
+  if c.task["kind"] == "mlm_nsp":  # so that the loss of the pairs weighs as much as that of the tokens
+    beside["nsp_scale"] = hidden.mean_hidden(data.lengths["inputs"], c.task["mask"]["share"])
   if plain:
-    return losses.Options(multi=task(c).multi)
+    return losses.Options(multi=task(c).multi, **beside)
   weights, counts = c.loss.class_weights, data.class_counts
   if weights == "balanced" and counts is not None:
     weights = tuple(float(counts.sum() / (len(counts) * max(n, 1))) for n in counts)
@@ -179,7 +176,7 @@ def loss_options(c: Reader, data: cache.Store, *, plain: bool = False) -> losses
       f"config: loss.class_weights is {c.loss.class_weights!r}; it is 'balanced' or a number for each of the labels "
       f"{', '.join(map(str, data.labels or ())) or '(this task has none)'}."
     )
-  return losses.Options(c.loss.label_smoothing, c.loss.z_loss, weights, multi=task(c).multi)
+  return losses.Options(c.loss.label_smoothing, c.loss.z_loss, weights, multi=task(c).multi, **beside)
 
 
 def loss(c: Reader, skeleton: registry.Skeleton, data: cache.Store) -> step.Loss:

@@ -5,6 +5,7 @@ decoding, one that is taken where rows are plain, a broken one that is not named
 """
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -125,3 +126,12 @@ def test_from_chats_to_answers(made, tmp_path):
   report = decode.decode(str(tmp_path / "run"), str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), length=4)
   out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
   assert report.errors == 1 and "oracle" in out[2]["error"] and out[0]["output"] == out[1]["output"]
+  decode.decode(str(tmp_path / "run/export"), str(tmp_path / "in.jsonl"), str(tmp_path / "again.jsonl"), length=4)
+  assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
+
+
+def test_longer_than_positions(made, decoder):
+  c, skeleton = made([dict(messages=CHATS[0])]), types.SimpleNamespace(positions=8, json=dict(model_type="llama"))
+  model = types.SimpleNamespace(skeleton=skeleton)
+  with pytest.raises(InputError, match=r"this llama has 8 positions, and data.train has examples of \d+ tokens"):
+    setup.check_positions(Reader(c), model, opened(c, decoder), "data.train")

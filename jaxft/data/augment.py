@@ -69,6 +69,20 @@ def word_swap(
   return tokens[source], np.asarray(lengths, np.int64), source
 
 
+def both(
+  tokens: np.ndarray, lengths: np.ndarray, words: np.ndarray, ids: np.ndarray, seed: int, epoch: int, *,
+  word_dropout: float, word_swap: float,
+) -> Made:  # fmt: skip
+  """Returns as `word_dropout` the texts after both, dropout first; a `fields.Dynamic.augment`."""
+  how = dict(seed=seed, epoch=epoch)
+  tokens, lengths, first = _dropped(tokens, lengths, words, ids, rate=word_dropout, **how)
+  tokens, lengths, second = _swapped(tokens, lengths, words[first], ids, rate=word_swap, **how)
+  return tokens, lengths, first[second]
+
+
+_dropped, _swapped = word_dropout, word_swap
+
+
 def _draw(purpose, tokens, lengths, words, ids, rate, seed, epoch) -> tuple[_Units, np.ndarray, np.ndarray]:
   """Returns the units, which of them are special, bool[U], and a number drawn for each, u64[U]."""
   if not 0 <= rate <= 1:

@@ -110,6 +110,12 @@ def resolve_text(task: Any, row: dict) -> Any:
   return dataclasses.replace(task, input=_field(found))
 
 
+def resolve_document(task: Any, row: dict) -> Any:
+  """One text, or a list of sentences."""
+  found = _first(("sentences", "text", "document", "content", "body"), row)
+  return dataclasses.replace(task, input=_field(found)) if found else resolve_text(task, row)
+
+
 def resolve_label(task: Any, row: dict) -> Any:
   """One text or two, and their label."""
   return _labelled(task, row, LABELS)

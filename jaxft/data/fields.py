@@ -111,4 +111,7 @@ class Dynamic(NamedTuple):
   # (batch, ids i64[B, T] of the example at each place and -1 on padding, places i64[B, T] within it, seed, epoch) ->
   # batch; the same fields every time
   batch: Callable[..., dict[str, np.ndarray]] | None = None
+  # (tokens of `inputs` of several examples, i32[k] their lengths, i32[n] words, i64[k] ids, seed, epoch) ->
+  # (tokens, lengths, i64[m] the index of each among those before); none is longer than before
+  augment: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
   says: tuple[str, ...] = ()  # what is done, for the report

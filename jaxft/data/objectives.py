@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxft.data import chat, classify, columns, lm, qa, squad, tagging
+from jaxft.data import chat, classify, columns, hidden, lm, qa, squad, tagging, words
 from jaxft.data.fields import Aligned, Columns, Example, Objective
 from jaxft.data.templates import render
 
@@ -30,11 +30,17 @@ def _either(task) -> bool:
   return task.input == columns.INPUT or task.label == columns.LABEL
 
 
+def _texts(example: Example) -> tuple[str, ...]:
+  return example.parts[0]
+
+
 WEIGHTS = Aligned("inputs", "uint8", "weights", "float32")
 TYPES = Aligned("inputs", "uint8", "input_types", "int32")  # only where a tokenizer gives them
+WORDS = Aligned("inputs", "int32", "", "")  # only where task.words
 SEQ2SEQ = Objective(
-  sides=("inputs", "targets"), options=("target", "mix"), default=_both, resolve=columns.resolve_pair,
-  render=_render_pair, encode=_encode_pair, ends="targets", weighted=True,
+  sides=("inputs", "targets"), options=("target", "mix", "words"), default=_both, resolve=columns.resolve_pair,
+  render=_render_pair, encode=words.numbered(_encode_pair, lambda e: e.parts[:1]), aligned=dict(words=WORDS),
+  ends="targets", weighted=True,
 )  # fmt: skip
 CAUSAL = Objective(
   sides=("inputs",), options=("stride",), default=lambda task: task.input == columns.INPUT,
@@ -47,9 +53,14 @@ SFT = Objective(
   weighted=True, blank="no part of them is an answer",
 )  # fmt: skip
 CLASSIFY = Objective(
-  sides=("inputs",), options=("pair", "label", "labels", "multi"), default=_either, resolve=columns.resolve_label,
-  render=classify.render_label, encode=classify.encode_label, aligned=dict(types=TYPES), scalars=dict(labels="int32"),
-  labelled="labels", balanced=True,
+  sides=("inputs",), options=("pair", "label", "labels", "multi", "words"), default=_either,
+  resolve=columns.resolve_label, render=classify.render_label, encode=words.numbered(classify.encode_label, _texts),
+  aligned=dict(types=TYPES, words=WORDS), scalars=dict(labels="int32"), labelled="labels", balanced=True,
+)  # fmt: skip
+MLM = Objective(
+  sides=("inputs",), options=("stride", "words"), default=CAUSAL.default, resolve=columns.resolve_text,
+  render=lm.render_document, encode=hidden.encode_masked,
+  aligned=dict(types=TYPES, words=WORDS._replace(name="words", batch="int32")), windows=True,
 )  # fmt: skip
 KINDS = dict(
   seq2seq=SEQ2SEQ,
@@ -58,8 +69,8 @@ KINDS = dict(
   prefix_lm=SFT._replace(aligned=dict(weights=WEIGHTS, prefix=Aligned("inputs", "uint8", "input_prefix", "int32"))),
   classify=CLASSIFY,
   regress=CLASSIFY._replace(
-    options=("pair", "label"), resolve=columns.resolve_score, render=classify.render_numbers,
-    encode=classify.encode_numbers, scalars=dict(labels="float32"), labelled="", balanced=False,
+    options=("pair", "label", "words"), resolve=columns.resolve_score, render=classify.render_numbers,
+    encode=words.numbered(classify.encode_numbers, _texts), scalars=dict(labels="float32"), labelled="", balanced=False,
   ),
   tag=Objective(
     sides=("inputs",), options=("label", "labels", "scheme"), default=_either, resolve=columns.resolve_tags,
@@ -74,9 +85,20 @@ KINDS = dict(
     scalars=dict(starts="int32", ends="int32"), kept=dict(asked="uint8", begin="int32", end="int32"), windows=True,
     expand=squad.flatten,
   ),
+  mlm=MLM,
+  mlm_nsp=MLM._replace(
+    options=("words",), resolve=columns.resolve_document, render=hidden.render_sentences, encode=hidden.encode_pairs,
+    scalars=dict(labels="int32"), windows=False,
+  ),
+  span_corruption=CAUSAL._replace(
+    sides=("inputs", "targets"), options=(), stored=("inputs",), encode=hidden.encode_raw, ends="",
+  ),
 )  # fmt: skip
 MULTI = CLASSIFY._replace(  # classify with any number of labels a row
-  render=classify.render_labels, encode=classify.encode_labels, scalars=dict(labels="float32"), balanced=False
+  render=classify.render_labels,
+  encode=words.numbered(classify.encode_labels, _texts),
+  scalars=dict(labels="float32"),
+  balanced=False,
 )
 
 

@@ -14,13 +14,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxft.data import packing
+from jaxft.data import layout, packing
 from jaxft.data.fields import Dynamic
 from jaxft.errors import InputError, did_you_mean
 
 PLANS_KEPT = 2
 BALANCES = ("none", "sampling")
-SLACK, MOST_SEGMENTS = 1.5, 64  # examples a row over the mean number, where a batch has something for each of them
 THREADS, AHEAD = 2, 4  # batches made at a time, batches made ahead of the step
 
 
@@ -60,8 +59,8 @@ class Batches:
     self.lengths = dynamic.lengths_of(store.lengths["inputs"]) if dynamic.lengths_of else store.lengths
     if any(self.lengths[s].max() > lengths[s] for s in self.sides):
       raise ValueError(f"the store was opened for {store.caps}, rows are {lengths}")
-    self.shapes = sorted({tuple(_shape(lengths[s], b) for s in self.sides) for b in (*buckets, 1.0)})
-    self.segments = _segments(self.shapes[-1][0], self.lengths[self.sides[0]]) if pack else 1
+    self.shapes = sorted({tuple(layout.shape(lengths[s], b) for s in self.sides) for b in (*buckets, 1.0)})
+    self.segments = layout.segments(self.shapes[-1][0], self.lengths[self.sides[0]]) if pack else 1
     varied = store.variants > 1 or balance != "none"
     self._changing = (pack and shuffle) or (varied and (pack or len(self.shapes) > 1))  # steps differ by epoch
     self._plans: dict[int, Plan] = {}
@@ -119,7 +118,7 @@ class Batches:
     packed = packing.plan(self.lengths, order, dict(zip(self.sides, self.shapes[-1])), most)
     # rows that were closed late are less full
     numbers = rng.permutation(len(packed)) if self.shuffle else np.arange(len(packed))
-    rows = _batched(numbers, self.batch)
+    rows = layout.batched(numbers, self.batch)
     return Plan(packed, rows, np.full(len(rows), len(self.shapes) - 1))
 
   def _drawn(self, rng: np.random.Generator) -> np.ndarray:
@@ -127,7 +126,7 @@ class Batches:
     variants = self.store.variants
     slots = np.arange(len(self.store) // variants)
     if self.balance == "sampling":
-      slots = _balanced(self.store.scalar("labels", slots * variants), rng)
+      slots = layout.balanced(self.store.scalar("labels", slots * variants), rng)
     return slots * variants + rng.integers(variants, size=len(slots)) if variants > 1 else slots
 
   def _bucket_plan(self, order: np.ndarray, rng: np.random.Generator) -> Plan:
@@ -137,7 +136,7 @@ class Batches:
     bucket = fits.argmax(axis=1)  # the smallest that holds all sides
     rows, buckets = [], []
     for b in range(len(self.shapes)):
-      rows.append(_batched(np.flatnonzero(bucket == b), self.batch))
+      rows.append(layout.batched(np.flatnonzero(bucket == b), self.batch))
       buckets.append(np.full(len(rows[-1]), b))
     rows, buckets = np.concatenate(rows), np.concatenate(buckets)
     turn = rng.permutation(len(rows)) if self.shuffle and len(self.shapes) > 1 else np.arange(len(rows))
@@ -192,7 +191,7 @@ class Batches:
     full = np.flatnonzero(rows >= 0)
     mine = plan.packed.take(rows[full])
     first = np.repeat(mine.starts[:-1], np.diff(mine.starts))  # of each example's row: the index of its first example
-    where = _Where(np.repeat(full, np.diff(mine.starts)), first, np.arange(len(mine.ids)) - first)
+    where = layout.Where(np.repeat(full, np.diff(mine.starts)), first, np.arange(len(mine.ids)) - first)
     lengths = dict(zip(self.sides, self.shapes[plan.bucket[at]]))
     out, spots = self._tokens(mine.ids, where, share, lengths, epoch)
     out |= self._scalars(mine.ids, where, share)
@@ -200,38 +199,44 @@ class Batches:
       return out
     at, own = spots["inputs"]
     shape = (share, lengths["inputs"])
-    ids = _scatter(np.repeat(mine.ids, own), at, shape, -1, np.int64)
-    return self.dynamic.batch(out, ids, _scatter(_within(own), at, shape, 0, np.int64), self.seed, epoch)
+    ids = layout.scatter(np.repeat(mine.ids, own), at, shape, -1, np.int64)
+    return self.dynamic.batch(out, ids, layout.scatter(layout.within(own), at, shape, 0, np.int64), self.seed, epoch)
 
-  def _tokens(self, ids: np.ndarray, where: "_Where", rows: int, lengths: dict[str, int], epoch: int) -> tuple:
+  def _tokens(self, ids: np.ndarray, where: layout.Where, rows: int, lengths: dict[str, int], epoch: int) -> tuple:
     """Returns (fields with a value a token, side -> (places i64 in its flat array, lengths of the examples))."""
     store, out, spots = self.store, {}, {}
     index = {s: store.index(s, ids) for s in store.sides}
-    made = {s: (store.values(s, index[s]), store.lengths[s][ids]) for s in store.sides}
+    made = {s: [store.values(s, index[s]), store.lengths[s][ids]] for s in store.sides}
     if self.dynamic.corrupt:
       made = self.dynamic.corrupt(*made["inputs"], ids, self.seed, epoch)
+    if self.dynamic.augment:
+      numbers = store.values("words", index["inputs"])
+      *made["inputs"], source = self.dynamic.augment(*made["inputs"], numbers, ids, self.seed, epoch)
+      index["inputs"] = index["inputs"][source]
     for side in self.sides:
       tokens, own = made[side][0], made[side][1].astype(np.int64)
       shape = (rows, lengths[side])
       at = where.places(own, shape[1])
       spots[side] = at, own
-      out[side] = _scatter(tokens, at, shape, store.pad or 0, np.int32)
-      out[f"{side[:-1]}_segments"] = _scatter(np.repeat(where.number + 1, own), at, shape, 0, np.int32)
+      out[side] = layout.scatter(tokens, at, shape, store.pad or 0, np.int32)
+      out[f"{side[:-1]}_segments"] = layout.scatter(np.repeat(where.number + 1, own), at, shape, 0, np.int32)
     for name, field in store.aligned.items():
       if not field.name:
         continue
       shape = (rows, lengths[field.side])
-      out[field.name] = _scatter(store.values(name, index[field.side]), spots[field.side][0], shape, 0, field.batch)
+      out[field.name] = layout.scatter(
+        store.values(name, index[field.side]), spots[field.side][0], shape, 0, field.batch
+      )
     if store.objective.weighted and "weights" not in out:
       if "targets" in self.sides:
         out["weights"] = (out["target_segments"] > 0).astype(np.float32)
       else:  # every token but those that are there as context
         at, own = spots["inputs"]
-        weights = _within(own) >= np.repeat(store.context[ids], own)
-        out["weights"] = _scatter(weights, at, (rows, lengths["inputs"]), 0, np.float32)
+        weights = layout.within(own) >= np.repeat(store.context[ids], own)
+        out["weights"] = layout.scatter(weights, at, (rows, lengths["inputs"]), 0, np.float32)
     return out, spots
 
-  def _scalars(self, ids: np.ndarray, where: "_Where", rows: int) -> dict[str, np.ndarray]:
+  def _scalars(self, ids: np.ndarray, where: layout.Where, rows: int) -> dict[str, np.ndarray]:
     """Returns the fields with a value an example, and which of their entries there are."""
     out = {}
     for name, dtype in self.store.objective.scalars.items():
@@ -306,34 +311,6 @@ class Batches:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Where:
-  """Of each example of a batch: its row, the index of the first example of that row, its number within it."""
-
-  row: np.ndarray
-  first: np.ndarray
-  number: np.ndarray
-
-  def places(self, lengths: np.ndarray, width: int) -> np.ndarray:
-    """Returns where the values of the examples go in a flat [rows, width]: one after the other from the left."""
-    ends = np.cumsum(lengths)
-    before = np.concatenate([np.zeros(1, np.int64), ends])
-    offset = self.row * width - before[self.first]
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(offset, lengths)
-
-
-def _scatter(values: np.ndarray, at: np.ndarray, shape: tuple[int, int], empty: int, dtype) -> np.ndarray:
-  out = np.full(shape, empty, dtype)
-  out.reshape(-1)[at] = values
-  return out
-
-
-def _within(lengths: np.ndarray) -> np.ndarray:
-  """Returns 0, 1, .. n - 1 for each of the lengths n, one after the other."""
-  ends = np.cumsum(lengths)
-  return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-
-
 def _check(store, batch: int, pack: bool, buckets: tuple[float, ...], balance: str) -> None:
   if batch < 1:
     raise InputError(f"config: batch is {batch}; it is the number of rows of a step, at least 1.")
@@ -354,37 +331,6 @@ def _check(store, batch: int, pack: bool, buckets: tuple[float, ...], balance: s
       f"config: data.balance={balance} needs a task.kind whose rows belong to one class each (classify without "
       f"task.multi); this one is {store.kind}."
     )
-
-
-def _segments(length: int, lengths: np.ndarray) -> int:
-  """Returns the most examples that a packed row may hold: a number of the store, the same for every epoch."""
-  most = math.ceil(SLACK * length / float(lengths.mean()))
-  return min(MOST_SEGMENTS, -(-most // 8) * 8)
-
-
-def _balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Returns as many indices as there are labels, ascending, the same number of each class (one more of some)."""
-  classes = np.unique(labels)
-  each, more = divmod(len(labels), len(classes))
-  lucky = rng.permutation(len(classes)) < more
-  out = []
-  for label, quota in zip(classes, each + lucky):
-    members = np.flatnonzero(labels == label)
-    whole, rest = divmod(int(quota), len(members))
-    out += [np.tile(members, whole), rng.permutation(members)[:rest]]
-  return np.sort(np.concatenate(out))
-
-
-def _shape(length: int, share: float) -> int:
-  """Returns the bucket's length: whole multiples of 8, which matrix units like, unless it is the full length."""
-  return min(length, -(-math.ceil(length * share) // 8) * 8)
-
-
-def _batched(rows: np.ndarray, batch: int) -> np.ndarray:
-  """Returns i64[steps, batch], the last one filled with -1."""
-  out = np.full(-(-len(rows) // batch) * batch, -1, np.int64)
-  out[: len(rows)] = rows
-  return out.reshape(-1, batch)
 
 
 def _tensorflow():

@@ -38,6 +38,7 @@ def make(store, batches, tokenizer) -> dict:
     target_pieces=tokenizer.pieces(ids[supervised]),
     learnt=_learnt(store, len(ids[supervised])),
   )
+  out["example"] = notes.example(store, batches, tokenizer) or out["example"]
   out["unknown_characters"] = (
     _unknown_characters(store, tokenizer) if max(out["unknown"].values()) > UNKNOWN_SHARE else []
   )
@@ -237,7 +238,7 @@ def _cuts(r: dict, width: int) -> list[str]:
 
 
 def _batches(r: dict, width: int) -> list[str]:
-  b, sides = r["batches"], list(r["lengths"])
+  b, sides = r["batches"], list(r["batches"]["fill"])
   shapes = ", ".join("/".join(map(str, x)) for x in b["shapes"])
   how = f"packed {b['examples_a_row']:.1f} examples a row" if b["pack"] else "one example a row"
   even = ", each class drawn as often" if b["balance"] == "sampling" else ""
@@ -246,7 +247,7 @@ def _batches(r: dict, width: int) -> list[str]:
   )
   fill = " and ".join(f"{b['fill'][s]:.1%} of the {s[:-1]}" for s in sides)
   lines += _wrap(f"  fill      {fill} positions hold real tokens", width)
-  tokens = " and ".join(f"{r['tokens'][s]:,} {s[:-1]}" for s in sides)
+  tokens = " and ".join(f"{n:,} {s[:-1]}" for s, n in r["tokens"].items())
   learnt = r["supervised"] if len(sides) == 1 else None
   part = f", {learnt:,} of them to be predicted" if learnt is not None else ""
   lines += _wrap(f"  tokens    {tokens} tokens an epoch{part}; tokenizer {r['tokenizer']['size']:,} ids", width)

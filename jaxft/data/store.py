@@ -10,11 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxft.data import limits
 from jaxft.data.fields import Objective, Ragged, starts
 from jaxft.data.files import compact, place
 from jaxft.errors import InputError
 
-PERCENTILES = (50, 90, 99, 100)
 POLICIES = ("error", "truncate", "drop")
 NOTHING_LEFT = "nothing left to predict after truncation"
 ONE_TOKEN = "one token, which predicts nothing"
@@ -141,7 +141,7 @@ class Store:
     first = starts(lengths)
     for i in cut:
       a0, a1, b0, b1 = map(int, self._places[stored[i]])
-      a, b = longest_first(a1 - a0, b1 - b0, int(lengths[i]) - (int(raw[i]) - (a1 - a0) - (b1 - b0)))
+      a, b = limits.longest_first(a1 - a0, b1 - b0, int(lengths[i]) - (int(raw[i]) - (a1 - a0) - (b1 - b0)))
       kept = [np.arange(0, a0 + a), np.arange(a1, b0 + b), np.arange(b1, raw[i])]
       at[first[i] : first[i + 1]] = self._starts["inputs"][stored[i]] + np.concatenate(kept)
 
@@ -248,7 +248,9 @@ class Store:
     count, total = int(any_over.sum()), len(any_over)
     lost = {s: int(np.maximum(raw[s] - self.caps[s], 0).sum()) / max(1, int(raw[s].sum())) for s in self.sides}
     if too_long == "error" and count > share * total:
-      raise InputError(self._refusal(count, total, share, _percentiles(raw), lost, self._first(any_over)))
+      raise InputError(
+        limits.refusal(self.caps, self.meta["described"], count, total, share, raw, lost, self._first(any_over))
+      )
     gone = np.repeat(any_over.reshape(-1, self.variants).any(axis=1), self.variants)
     if too_long == "drop":
       lost = {s: int(raw[s][gone].sum()) / int(raw[s].sum()) for s in self.sides}
@@ -258,8 +260,8 @@ class Store:
     self._room_for_pairs(any_over)
     self.supervised = self._left(any_over)
     if too_long == "drop":
-      limits = ", ".join(f"{s} {self.caps[s]}" for s in self.sides)
-      self._leave_out(report["dropped"], f"longer than data.lengths ({limits})", gone)
+      most = ", ".join(f"{s} {self.caps[s]}" for s in self.sides)
+      self._leave_out(report["dropped"], f"longer than data.lengths ({most})", gone)
     elif self.supervised is not None and count:
       nothing = self.supervised == 0
       if too_long == "error" and nothing.any():
@@ -302,7 +304,7 @@ class Store:
     if not gone.any():
       return
     if gone.all():
-      spread = _spread(_percentiles({s: self._raw[s][self._stored] for s in self.sides}))
+      spread = limits.said(limits.percentiles({s: self._raw[s][self._stored] for s in self.sides}))
       raise InputError(f"data: all {len(gone):,} examples are left out: {reason}. {spread}.")
     dropped[reason] = dict(count=self._count(gone), rows=self._first(gone), late=True)
     self._stored, self._offset, self.context = self._stored[~gone], self._offset[~gone], self.context[~gone]
@@ -317,7 +319,7 @@ class Store:
     return dict(
       kind=self.kind, source=m["described"], origins=m["origins"], tasks=m["tasks"], rows_read=m["read"],
       rows_kept=m["kept"], dropped={k: dict(v) for k, v in m["drops"].items()}, nulls=m["nulls"], headers=m["headers"],
-      lengths=self.caps, percentiles=_percentiles(raw), too_long=too_long,
+      lengths=self.caps, percentiles=limits.percentiles(raw), too_long=too_long,
       cut={
         s: dict(
           count=int(over[s].sum()) if cut else 0,
@@ -358,45 +360,3 @@ class Store:
       stats = (("mean", np.mean), ("std", np.std), ("min", np.min), ("max", np.max))
       out["numbers"] = {k: f(numbers, axis=0).tolist() for k, f in stats}
     return out
-
-  def _refusal(self, count, total, share, percentiles, lost, first) -> str:
-    caps = " ".join(
-      f"--config.data.lengths.{s}={max(2, -(-percentiles[s]['100'] // 8) * 8)}"
-      for s in self.sides
-      if percentiles[s]["100"] > self.caps[s]
-    )
-    cuts = " and ".join(f"{lost[s]:.1%} of the {s[:-1]} tokens" for s in reversed(self.sides))
-    return (
-      f"data: {count:,} of {total:,} examples ({count / total:.1%}) of {self.meta['described']} are longer than "
-      "data.lengths "
-      f"({', '.join(f'{s} {self.caps[s]}' for s in self.sides)}), above data.too_long_share={share:g}. "
-      f"{_spread(percentiles)}. Truncation would cut {cuts}. "
-      f"First: {compact(first)}. "
-      f"Set {caps} to hold them all, or --config.data.too_long=truncate to cut them, or --config.data.too_long=drop "
-      "to leave them out."
-    )
-
-
-def longest_first(a: int, b: int, room: int) -> tuple[int, int]:
-  """Returns how many tokens of two texts stay where `room` do: the longer is cut until both are the same, as
-  transformers does.
-  """
-  short, long = sorted((a, b))
-  if short + long <= room:
-    return a, b
-  long = max(short, room - short)
-  if short + long > room:
-    short = room // 2
-    long = short + room % 2
-  return (long, short) if a > b else (short, long)
-
-
-def _percentiles(raw: Mapping[str, np.ndarray]) -> dict:
-  return {s: {str(p): int(np.percentile(x, p, method="higher")) for p in PERCENTILES} for s, x in raw.items()}
-
-
-def _spread(percentiles: dict) -> str:
-  names = "/".join(f"{p}" for p in PERCENTILES)
-  return f"Tokens at the {names}th percentile: " + ", ".join(
-    f"{s} {'/'.join(f'{v:,}' for v in p.values())}" for s, p in percentiles.items()
-  )

@@ -28,6 +28,7 @@ class Task:
   scheme: str = ""  # of tags: one of labels.SCHEMES
   stride: int = -1  # tokens that each further piece of a long text repeats of the one before; -1: 0, qa: see qa.py
   mix: tuple[tuple[Any, Any], ...] = ()  # further pairs of (input, target), one of all taken for a row each epoch
+  words: bool = False  # whether the words that tokens belong to are stored, for what is done to batches
   turns: str = "all"  # of a chat: which answers are learnt: all, last, each (in an example of its own)
 
   def __post_init__(self):
@@ -75,6 +76,10 @@ class Task:
       )
     if self.stride < -1:
       raise InputError(f"config: task.stride is {self.stride}; it is a number of tokens, 0, or -1: as the kind has it.")
+
+  def __getstate__(self) -> dict:
+    """Returns the fields alone: what worker processes derive from them again holds functions, which do not pickle."""
+    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
   @functools.cached_property
   def objective(self) -> Objective:

@@ -103,17 +103,11 @@ def make(
   state, params, step=i32[])` wants the number of the step, because the learning rate follows from it and not from the
   state, and gives float32 updates to be added in float32; statistics are float32 whatever the parameters are.
 
-  adamw (arXiv 1711.05101); lion (arXiv 2302.06675); adafactor (arXiv 1804.04235) as T5X has it: no momentum, decay
-  exponent 0.8, updates clipped to an RMS of 1 and scaled by the RMS of their parameter; it reads no b1, b2, eps. muon:
-  matrices of the layers (kernels with an "embed" axis; heads joined) by Newton-Schulz with momentum b1, scaled by 0.2
-  sqrt(max(fan in, fan out)) so that AdamW's learning rates fit (arXiv 2502.16982 section 2.2); embeddings, heads of the
-  vocabulary, norms and biases by AdamW.
-
-  `layer_decay` times the learning rate for each layer further from the head (Clark et al. 2020, appendix B); it comes
-  on top of `lr_rules`. `toward_init` pulls the weights to where they started (L2-SP, Li et al. 2018, section 3.2), as
-  decay does to zero; the state then holds a copy of them. `unfreeze` gives the step (below 1: the share of `steps`)
-  from which parameters move (gradual unfreezing, Howard and Ruder 2018, section 3.3): before it their gradient counts
-  for the statistics of the optimizer and for the global norm, and the update is dropped.
+  `name`: see `_algorithm`. `layer_decay` times the learning rate for each layer further from the head (Clark et al.
+  2020, appendix B); it comes on top of `lr_rules`. `toward_init` pulls the weights to where they started (L2-SP, Li et
+  al. 2018, section 3.2), as decay does to zero; the state then holds a copy of them. `unfreeze` gives the step (below
+  1: the share of `steps`) from which parameters move (gradual unfreezing, Howard and Ruder 2018, section 3.3): before
+  it their gradient counts for the statistics of the optimizer and for the global norm, and the update is dropped.
 
   `lr`, `decay`, `b1`, `b2` and `eps` may be traced scalars: then they are not checked, and a decay of 0 is a decay like
   any other. The state is the same whether they are.
@@ -128,11 +122,7 @@ def make(
   flags = {p: f for p, f in trees.flatten(trainable).items() if np.any(f)}
   flat_shapes, flat_axes = trees.flatten(shapes), trees.flatten(axes)
   leaves = {p: _leaf(flat_shapes[p].shape, flat_axes[p]) for p in flags}
-  times_lr = trees.flatten(trees.by_rules(lr_rules, shapes, axes, name="optimizer.lr_rules", all_used=True))
-  if layer_decay < 1:
-    times_lr = {
-      p: x * by_depth(p, flat_shapes[p].shape, flat_axes[p], layer_decay, flat_shapes) for p, x in times_lr.items()
-    }
+  times_lr = _rates(lr_rules, layer_decay, shapes, axes)
   starts = _starts(unfreeze, steps, shapes, axes)
   times_decay = trees.flatten(trees.by_rules(decay_rules, shapes, axes, name="optimizer.decay_rules"))
   rate = make_schedule(lr=lr, schedule=schedule, warmup=warmup, cooldown=cooldown, end=end, steps=steps)
@@ -145,13 +135,25 @@ def make(
     parts += [_stateless(lambda u, p, step, path: u + p * _times(decay, times_decay[path]))]
   parts += [_stateless(lambda u, p, step, path: u * (-rate(step) * _f32(times_lr[path])))]
   if starts:
-    moves = lambda u, step, path: jnp.where(step >= starts[path], u, jnp.float32(-0.0))
-    parts += [_stateless(lambda u, p, step, path: moves(u, step, path))]
-  # x + -0.0 is x for every x, and 0.0 is not: -0.0 + 0.0 = 0.0 would flip a sign bit in a frozen layer
-  parts += [
-    _stateless(lambda u, p, step, path: u if np.all(flags[path]) else jnp.where(flags[path], u, jnp.float32(-0.0)))
-  ]
+    parts += [_stateless(lambda u, p, step, path: _where(step >= starts[path], u))]
+  parts += [_stateless(lambda u, p, step, path: u if np.all(flags[path]) else _where(flags[path], u))]
   return _in_float32(optax.chain(*parts)), rate
+
+
+def _rates(lr_rules: trees.Rules, layer_decay: float, shapes: Tree, axes: Tree) -> dict[str, Any]:
+  """Returns {path: what the learning rate is times}."""
+  times = trees.flatten(trees.by_rules(lr_rules, shapes, axes, name="optimizer.lr_rules", all_used=True))
+  if layer_decay == 1:
+    return times
+  sizes, flat = trees.flatten(shapes), trees.flatten(axes)
+  return {p: x * by_depth(p, sizes[p].shape, flat[p], layer_decay, sizes) for p, x in times.items()}
+
+
+def _where(moves: Any, u: jax.Array) -> jax.Array:
+  """Returns the update where the parameter `moves`, else -0.0: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0,
+  which would flip a sign bit in a frozen layer.
+  """
+  return jnp.where(moves, u, jnp.float32(-0.0))
 
 
 def by_depth(path: str, shape: tuple, axes: tuple, decay: float, shapes: dict) -> Any:
@@ -192,6 +194,14 @@ def _toward_init(share: float) -> optax.GradientTransformationExtraArgs:
 
 
 def _algorithm(name: str, leaves: dict, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """Returns what turns gradients into updates.
+
+  adamw (arXiv 1711.05101); lion (arXiv 2302.06675); adafactor (arXiv 1804.04235) as T5X has it: no momentum, decay
+  exponent 0.8, updates clipped to an RMS of 1 and scaled by the RMS of their parameter; it reads no b1, b2, eps. muon:
+  matrices of the layers (kernels with an "embed" axis; heads joined) by Newton-Schulz with momentum b1, scaled by 0.2
+  sqrt(max(fan in, fan out)) so that AdamW's learning rates fit (arXiv 2502.16982 section 2.2); embeddings, heads of the
+  vocabulary, norms and biases by AdamW.
+  """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if name == "lion":
     return optax.scale_by_lion(b1=b1, b2=b2)

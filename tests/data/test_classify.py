@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 
-from jaxft.data import report, store, tasks
+from jaxft.data import limits, report, tasks
 from jaxft.errors import InputError
 
 WORDS = "Two young men are outside a man in blue shirt cleans window".split()
@@ -63,8 +63,8 @@ def test_pairs_of_tokenizers_without_types(rows_store, request, name):
 
 
 def test_longest_first():
-  assert store.longest_first(10, 4, 9) == (5, 4) and store.longest_first(4, 10, 9) == (4, 5)
-  assert store.longest_first(3, 3, 6) == (3, 3)
+  assert limits.longest_first(10, 4, 9) == (5, 4) and limits.longest_first(4, 10, 9) == (4, 5)
+  assert limits.longest_first(3, 3, 6) == (3, 3)
 
 
 def test_rows_of_one_and_of_two_texts(rows_store, wordpiece):

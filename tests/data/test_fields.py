@@ -8,7 +8,7 @@ one epoch, tokens whose place or example id is wrong where masking asks for them
 import numpy as np
 import pytest
 
-from jaxft.data import fields, pipeline, tasks
+from jaxft.data import build, fields, pipeline, tasks
 from jaxft.errors import InputError
 
 WORDS = "Two young men are outside a man in blue shirt cleans window".split()
@@ -99,6 +99,15 @@ def test_hosts_and_restarts(opened, batches, name):
   assert all(
     np.array_equal(got[i][k], x) and got[i][k].dtype == x.dtype for i in (1, 3) for k, x in everything[i].items()
   )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_worker_processes_make_the_same(opened, tmp_path, monkeypatch, name):
+  monkeypatch.setattr(build, "CHUNK_ROWS", 20)
+  monkeypatch.setattr(build, "SMALL", 30)
+  stores = [opened(name, root=str(tmp_path / str(n)), workers=n) for n in (1, 2)]
+  one, two = ({f.name: f.read_bytes() for f in s.folder.iterdir() if f.name != "meta.json"} for s in stores)
+  assert one == two and stores[0].meta | dict(seconds=0) == stores[1].meta | dict(seconds=0)
 
 
 def test_a_row_never_has_more_examples_than_labels(rows_store, wordpiece, batches):

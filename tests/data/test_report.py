@@ -10,7 +10,7 @@ import types
 import pytest
 
 from jaxft import evaluations
-from jaxft.data import clean, pipeline, report
+from jaxft.data import clean, pipeline, report, tasks
 
 PAIRS = [("a b c" * 3, "Ein Mann"), ("q", ""), ("x\ty \u2028 z", "Fenster" * 9), ("q", "Frei")] + [
   (f"w{i}", "Two men are") for i in range(30)
@@ -82,18 +82,21 @@ def test_notice_is_one_line_of_what_was_lost(make_store):
 
 
 def test_evaluators_say_what_their_data_lost(make_store, caplog, monkeypatch):
+  class Enough(Exception):
+    """Ends the making of an evaluator once it has its data."""
+
+  def enough(*_):
+    raise Enough
+
   store = make_store([("a", "b"), ("q", "")])
-  nothing = lambda *_, **__: None
-  for name, value in (("store", lambda *_, **__: store), ("check_positions", nothing), ("loss_options", nothing)):
-    monkeypatch.setattr(evaluations.setup, name, value)
-  monkeypatch.setattr(evaluations.losses, "make", nothing)
-  monkeypatch.setattr(evaluations.evaluators, "whole_batch", lambda *_: 4)
-  monkeypatch.setattr(evaluations.evaluators, "LossEvaluator", nothing)
-  data = types.SimpleNamespace(validation="", lengths=store.caps, pack=True, buckets=())
+  task = tasks.Task("seq2seq", "{input}")
+  for name, value in (("store", store), ("check_positions", None), ("task", task)):
+    monkeypatch.setattr(evaluations.setup, name, lambda *_, value=value, **__: value)
+  monkeypatch.setattr(evaluations.evaluators, "whole_batch", enough)
+  config = types.SimpleNamespace(data=types.SimpleNamespace(validation=""))
   model = types.SimpleNamespace(tokenizer=None, mesh=None, rules=None, skeleton=types.SimpleNamespace(labels=()))
-  e = dict(kind="loss", data="x", limit=0, batch=4, every=0)
-  task = dict(kind="seq2seq", input="{input}", target="{target}")
-  evaluations._one(types.SimpleNamespace(data=data, task=task), model, None, "dev", e, None)
+  with pytest.raises(Enough):
+    evaluations._one(config, model, None, "dev", dict(kind="loss", data="x", limit=0, batch=4, every=0), None)
   assert "evals.dev" in caplog.text and "dropped 1 (empty target; in.txt + out.txt, line 2)" in caplog.text
 
 

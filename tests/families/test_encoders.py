@@ -1,7 +1,7 @@
 """BERT and its relatives beside test_parity.py and test_all.py: variants, what only one of them has, a head of our own.
 
 Caught by these tests and those, each tried once: positions of RoBERTa one place early; the activation of a head, or its
-dropout; dropout of DistilBERT's attention output; an epsilon; ModernBERT's window one wider, ropes exchanged, windows in
+dropout; that of DistilBERT's attention output; an epsilon; ModernBERT's window one wider, ropes exchanged, windows in
 other layers, q, k and v or the gate in another order, a norm in its first layer, mean for first; deviations without the
 cut; DeBERTa's scale, norm of distances, their direction, vectors of q for those of k, or the border of a bucket.
 """

@@ -29,6 +29,9 @@ NUMBERS = dict(
   decay=0.0,
   decay_rules=((r".*norm.*", 0.0), (r".*", 1.0)),
   lr_rules=((r".*", 1.0),),
+  layer_decay=1.0,
+  toward_init=0.0,
+  unfreeze=(),
   steps=23,
 )
 L, D, N, H, V = 3, 130, 10, 13, 17  # 130 x 130: Adafactor factors what is 128 or more on both sides
@@ -171,6 +174,57 @@ def test_learning_rate_rules_by_layer():
     np.testing.assert_allclose(got[path] - start[path], factor * (one[path] - start[path]), atol=1e-6, err_msg=path)
   with pytest.raises(InputError, match="lr_rules: 'nothing/.\\*' decides about no parameter"):
     run(1, lr_rules=((r"nothing/.*", 2.0), (r".*", 1.0)))
+
+
+def moved(params):
+  start, end = unstack(tree(0, 0.3)), unstack(params)
+  return {p: np.asarray(end[p] - start[p]) for p in start}
+
+
+def test_learning_rates_fall_from_the_head_to_the_embeddings():
+  """layer i of L has decay ** (L - i), what stands before them decay ** (L + 1), the final norm and the head 1."""
+  d = 0.7
+  shapes = {f"side/layers/q/{k}": np.zeros((L, 2)) for k in "ab"} | {"side/positions/embedding": np.zeros((2, 2))}
+  for side in ("encoder", "decoder"):
+    named = {p.replace("side", side): x for p, x in shapes.items()}
+    at = lambda path, axes, shape: optimizer.by_depth(path, shape, axes, d, named)  # noqa: B023
+    np.testing.assert_allclose(at(f"{side}/layers/q/a", ("layers", None), (L, 2))[:, 0], [d**3, d**2, d])
+    assert (
+      at(f"{side}/positions/embedding", (None, None), (2, 2)) == at("embed/embedding", (None, None), (2, 2)) == d**4
+    )
+    assert at(f"{side}/final_norm/scale", (None,), (2,)) == at("head/kernel", (None, None), (2, 2)) == 1
+  one, got = moved(run(1)), moved(run(1, layer_decay=d))
+  for i in range(L):
+    path = f"side/layers/{i}/q/kernel"
+    np.testing.assert_allclose(got[path], d ** (L - i) * one[path], rtol=1e-3, atol=1e-6)
+  with pytest.raises(InputError, match="layer_decay=1.5"):
+    run(1, layer_decay=1.5)
+
+
+def test_pull_towards_the_first_weights():
+  """Without a gradient the weights come back by lr * share of their distance at each step."""
+  tx, _ = optimizer.make(
+    **{**NUMBERS, "toward_init": 0.5},
+    shapes=tree(0),
+    axes=AXES,
+    trainable=trees.trainable(((".*", True),), tree(0), AXES),
+  )
+  start, away = tree(0), jax.tree.map(lambda x: x + 1, tree(0))
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, start), tx.init(start), away, step=3)
+  for u in jax.tree.leaves(updates):
+    np.testing.assert_allclose(u, -0.02 * 0.5, rtol=1e-5)
+
+
+def test_gradual_unfreezing():
+  rules = ((r"embed/.*", 0.1), (r"side/layers/2/.*", 0), (r"side/layers/.*", 1))  # of 23 steps: 2, 0, 1
+  first, second, third = (moved(run(n, unfreeze=rules)) for n in (1, 2, 3))
+  for path in first:
+    starts = 2 if "embed" in path else 0 if "/2/" in path else 1
+    for step, found in enumerate((first, second, third)):
+      assert np.any(found[path]) == (step >= starts), (path, step)
+  np.testing.assert_array_equal(first["side/layers/2/q/kernel"], moved(run(1))["side/layers/2/q/kernel"])
+  with pytest.raises(InputError, match="unfreeze: .*'embed/.*', 40"):
+    run(1, unfreeze=((r"embed/.*", 40),))
 
 
 def test_bfloat16_parameters_are_updated_in_float32():

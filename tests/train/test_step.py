@@ -33,6 +33,9 @@ NUMBERS = dict(
   decay=0.03,
   decay_rules=((r".*(norm|bias|scale).*", 0.0), (r".*", 1.0)),
   lr_rules=((r".*", 1.0),),
+  layer_decay=1.0,
+  toward_init=0.0,
+  unfreeze=(),
   steps=17,
 )
 ALL = ((r".*", True),)

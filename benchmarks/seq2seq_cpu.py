@@ -209,18 +209,19 @@ def train_ours(args: argparse.Namespace) -> None:
   """Trains with jaxft's data, step and prefetch, until the referee ends it."""
   import jax
 
-  from jaxft import config, setup
+  from jaxft import config, modeling, setup
   from jaxft.train import loop, step
 
   with tempfile.TemporaryDirectory() as folder:
     c = our_config(args, folder)
-    m = setup.model(config.Reader(c))
-    store = setup.store(config.Reader(c), m.tokenizer, c.data.train, "data.train")
+    source = modeling.source(config.Reader(c))
+    store = setup.training_data(config.Reader(c), source)
+    m = setup.model_for(config.Reader(c), source, store)
     # rows hold several examples: as many rows as hold --examples of them on average
     c.batch = max(1, round(args.examples / setup.batches(config.Reader(c), store, m).summary()["examples_a_row"]))
     c = config.Reader(c)
-    batches, t = setup.batches(c, store, m), setup.trainer(c, m, MANY)
-    state = step.init_state(setup.load(m, 0), 0, t.tx, t.abstract)
+    batches, t = setup.batches(c, store, m), setup.trainer(c, m, store, MANY)
+    state = step.init_state(modeling.load(m, 0), 0, t.tx, t.abstract)
     counts = {}
 
     def stream():

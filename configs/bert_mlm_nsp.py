@@ -2,7 +2,7 @@ r"""BERT's own training, continued on your texts: masked tokens, and does the se
 
 python -m jaxft.main --config=configs/bert_mlm_nsp.py --workdir=runs/mlm --config.data.train='texts/*.jsonl.gz' \
   --config.data.validation=dev.jsonl                    (a document a row: a text, or a list of sentences)
-python -m jaxft.main --config=configs/bert_mlm_nsp.py:mlm ...                 (masked tokens alone, long texts in pieces)
+python -m jaxft.main --config=configs/bert_mlm_nsp.py:mlm ...               (masked tokens alone, long texts in pieces)
 python -m jaxft.main --config=configs/bert_mlm_nsp.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
 """
 

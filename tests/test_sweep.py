@@ -216,8 +216,8 @@ def test_a_name_in_a_config_is_put_where_it_belongs_and_the_config_stays():
   c = tiny()
   changed = space.put(config.check(tiny()), {"evals.loss.batch": 4, "optimizer.lr": 1, "data.lengths.inputs": 64})
   assert (changed.evals.loss.batch, changed.optimizer.lr, changed.data.lengths.inputs) == (4, 1.0, 64)
-  space.read("evals.loss.batch=[4] optimizer.lr=[1]", c)
-  assert (c.evals.loss.batch, c.optimizer.lr) == (8, 3e-3)
+  space.read("evals.loss.batch=[4] optimizer.lr=[1] seed=int(4,9)", c)
+  assert (c.evals.loss.batch, c.optimizer.lr, c.seed) == (8, 3e-3, 3)
 
 
 def test_a_negative_rate_is_refused():

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxft import names
 from jaxft.errors import InputError
-from jaxft.models import block, encdec, heads, layers, single, stack
+from jaxft.models import attention, block, encdec, heads, layers, single, stack
 
 Json = dict[str, Any]  # a config.json, or what fields.read made of one
 
@@ -154,3 +154,31 @@ def stack_rules(hub: str, ours: str, spec: stack.Spec, table: Mapping[str, str])
     else:
       out += linear(theirs, here, spec.project_bias)
   return out
+
+
+def with_rate(spec: Any, key: str, rate: float) -> Any:
+  """Returns the numbers with the dropout rates that `key` (of the config's group model) means set to `rate`."""
+  if not 0 <= rate < 1:
+    raise InputError(f"config: model.{key} is {rate}; it is a share of at least 0 and below 1.")
+  of = dict(dropout=None, attention_dropout=attention.AttentionSpec, head_dropout=heads.Spec)[key]
+  names = ("attention_dropout", "head_dropout")
+  found = []
+
+  def change(x: Any) -> Any:
+    if isinstance(x, tuple):
+      return tuple(change(y) for y in x)
+    if not dataclasses.is_dataclass(x):
+      return x
+    new = {f.name: change(getattr(x, f.name)) for f in dataclasses.fields(x)}
+    for name in (n for n in new if "dropout" in n):
+      if (of is None and new[name]) or (of is not None and isinstance(x, of) and name == "dropout"):
+        new[name] = rate
+        found.append(name)
+    return dataclasses.replace(x, **new)
+
+  spec = change(spec)
+  if not found and rate:
+    raise InputError(
+      f"config: model.dropout is {rate}, but this model has no dropout to change; {' or '.join(names)} sets one."
+    )
+  return spec

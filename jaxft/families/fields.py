@@ -105,8 +105,8 @@ def second_names(fields: Mapping[str, Field]) -> dict[str, str]:
 
 
 def read(json: Mapping[str, Any], fields: Mapping[str, Field]) -> dict:
-  """Returns `json` with the defaults of what it lacks; raises InputError on a field that is missing, unknown, of a wrong
-  type, or of a value that is not built here.
+  """Returns `json` with the defaults of what it lacks; raises InputError on a field that is missing, unknown, of a
+  wrong type, or of a value that is not built here.
   """
   fields = {**COMMON, **fields}
   twins = second_names(fields)

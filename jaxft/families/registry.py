@@ -37,8 +37,8 @@ from jaxft.families import (
   starcoder2,
   t5,
 )
-from jaxft.families.family import Family, Head, end_tokens, head_rules
-from jaxft.models import attention, encdec, heads, layers
+from jaxft.families.family import Family, Head, end_tokens, head_rules, with_rate
+from jaxft.models import encdec, heads, layers
 
 Tree = Any
 log = logging.getLogger("jaxft")
@@ -166,10 +166,7 @@ def read_config(folder: pathlib.Path) -> dict:
 
 
 def _split(config_json: dict) -> tuple[dict, dict]:
-  """Returns the fields of a config.json that describe the model, and those that say how to generate.
-
-  What a family declares among the latter (BART: forced_eos_token_id) is a field of transformers' own config too.
-  """
+  """Returns the fields of a config.json for the model, and those that say how to generate (BART: some are both)."""
   search = {k: v for k, v in config_json.items() if k in GENERATION}
   own = family(config_json).fields
   return {k: v for k, v in config_json.items() if k not in search or k in own}, search
@@ -236,6 +233,8 @@ def _heads(json: dict, c: dict, kind: str, spec: Any) -> tuple[dict[str, heads.S
     head = dataclasses.replace(head, hub=dict(dense="jaxft_head.dense", out="jaxft_head.out"), bias="", copies=((), ()))
   else:
     made = dict(head=head.spec(c, out))
+  if out == spec.vocab and kind not in LABELLED:
+    made["head"] = dataclasses.replace(made["head"], axis="vocab")
   table = head_rules(made["head"], head, "head")
   if head.also:
     beside = chosen.heads[head.also]
@@ -244,11 +243,11 @@ def _heads(json: dict, c: dict, kind: str, spec: Any) -> tuple[dict[str, heads.S
   return made, table, head.prefix
 
 
-def _ignored(chosen: Family, kind: str, table: list) -> list:
-  """Returns rules for what files may hold besides the model: the heads of other kinds, and the family's leftovers."""
-  known = {r.hub for r in table}
-  others = [f"{hub}.*" for k, h in chosen.heads.items() if k != kind for hub in h.hub.values()]
-  biases = [h.bias for k, h in chosen.heads.items() if k != kind and h.bias and h.bias not in known]
+def _ignored(chosen: Family, kind: str, own: bool, table: list) -> list:
+  """Returns rules for what files may hold besides the model: other heads, `own` or not, and the family's leftovers."""
+  known, rest = {r.hub for r in table}, [h for k, h in chosen.heads.items() if k != kind or own]
+  others = [f"{hub}.*" for h in rest for hub in h.hub.values()] + [f"{JAXFT_HEAD}.*"]
+  biases = [h.bias for h in rest if h.bias and h.bias not in known]
   free = [o for o in dict.fromkeys(others) if not any(r.startswith(o[:-1]) for r in known)]
   return [names.ignore(n) for n in (*free, *dict.fromkeys(biases), *chosen.ignored)]
 
@@ -293,7 +292,7 @@ def skeleton(
   spec = dataclasses.replace(spec, heads=tuple(made.items()))
   for key, rate in (("dropout", dropout), ("attention_dropout", attention_dropout), ("head_dropout", head_dropout)):
     if rate is not None:
-      spec = _with_rate(spec, key, float(rate))
+      spec = with_rate(spec, key, float(rate))
   if remat not in layers.REMAT:
     raise InputError(
       f"model.remat is {remat!r}{did_you_mean(remat, layers.REMAT)}; it is one of {', '.join(layers.REMAT)}."
@@ -310,7 +309,7 @@ def skeleton(
     graphdef=graphdef,
     shapes=shapes,
     axes=axes,
-    rules=table + _ignored(chosen, kind, table),
+    rules=table + _ignored(chosen, kind, JAXFT_HEAD in given, table),
     prefix=under,
     renames=chosen.renames,
     dtype=how.dtype,
@@ -319,34 +318,6 @@ def skeleton(
     positions=_positions(spec),
     module=module,
   )
-
-
-def _with_rate(spec: Any, key: str, rate: float) -> Any:
-  """Returns the numbers with the dropout rates that `key` (of the config's group model) means set to `rate`."""
-  if not 0 <= rate < 1:
-    raise InputError(f"config: model.{key} is {rate}; it is a share of at least 0 and below 1.")
-  of = dict(dropout=None, attention_dropout=attention.AttentionSpec, head_dropout=heads.Spec)[key]
-  names = ("attention_dropout", "head_dropout")
-  found = []
-
-  def change(x: Any) -> Any:
-    if isinstance(x, tuple):
-      return tuple(change(y) for y in x)
-    if not dataclasses.is_dataclass(x):
-      return x
-    new = {f.name: change(getattr(x, f.name)) for f in dataclasses.fields(x)}
-    for name in (n for n in new if "dropout" in n):
-      if (of is None and new[name]) or (of is not None and isinstance(x, of) and name == "dropout"):
-        new[name] = rate
-        found.append(name)
-    return dataclasses.replace(x, **new)
-
-  spec = change(spec)
-  if not found and rate:
-    raise InputError(
-      f"config: model.dropout is {rate}, but this model has no dropout to change; {' or '.join(names)} sets one."
-    )
-  return spec
 
 
 def _positions(spec: Any) -> int:
@@ -367,7 +338,9 @@ def _generation(c: dict, spec: Any) -> dict:
 def _complete(chosen: Family, given: dict, c: dict, spec: Any, kind: str) -> dict:
   """Returns the config.json of this model for transformers 5 (`hub.save` adds dtype and version)."""
   drop = ("torch_dtype", "dtype", "_name_or_path", "name_or_path", "_commit_hash")
-  written = {**given, "architectures": [chosen.heads[kind].architecture], **chosen.complete(c, spec)}
+  bare = JAXFT_HEAD in given and "base" in chosen.heads  # transformers can load no more of it than that
+  architecture = chosen.heads["base" if bare else kind].architecture
+  written = {**given, "architectures": [architecture], **chosen.complete(c, spec)}
   return {k: v for k, v in written.items() if k not in drop}
 
 
@@ -397,5 +370,5 @@ def resize(config_json: dict, params: Tree, vocab: int) -> tuple[dict, Tree]:
 
 def with_vocab(config_json: dict, vocab: int) -> dict:
   """Returns the config.json with another vocab_size, under all the names it has there (Marian: decoder_vocab_size)."""
-  same = (k for k, v in fields.second_names(family(config_json).fields).items() if v == "vocab_size")
-  return {**config_json, "vocab_size": vocab, **{k: vocab for k in same if k in config_json}}
+  same = [k for k, v in fields.second_names(family(config_json).fields).items() if v == "vocab_size"]
+  return {**config_json, **{k: vocab for k in ("vocab_size", *same) if k in config_json}}

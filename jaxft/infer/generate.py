@@ -1,8 +1,8 @@
 """Greedy search, sampling and beam search on the cache protocol, and the engine that runs them over many rows.
 
 A model has `start(inputs_BT, segments_BT, beams, length) -> (cache, first tokens [B])`, `step(tokens_BK, cache) -> (f32
-logits [B,K,V], cache)` and `reorder(cache, parents_BK) -> cache`. Each (rows, input length) is compiled once: the whole generation is
-one program.
+logits [B,K,V], cache)` and `reorder(cache, parents_BK) -> cache`. Each (rows, input length) is compiled once: the whole
+generation is one program.
 
 Shapes: B rows, T input length, K sequences a row that run, R sequences a row that are returned, V vocabulary, L most
 new tokens.

@@ -19,8 +19,8 @@ def constrain(
   """Returns f32 scores with barred tokens at -inf; the order is that of transformers' logits processors.
 
   `tokens_BKL` holds what was generated before position `n`, `before_BT` what stood before that (a decoder's prompt, or
-  the first token of an encoder-decoder), aligned to the right and filled with -1. Scores may be logits or log-probabilities, as there: the
-  repetition penalty (Keskar et al. 2019, section 4.1) depends on which.
+  the first token of an encoder-decoder), aligned to the right and filled with -1. Scores may be logits or
+  log-probabilities, as there: the repetition penalty (Keskar et al. 2019, section 4.1) depends on which.
   """
   V = scores_BKV.shape[-1]
   if o.repetition_penalty != 1.0:

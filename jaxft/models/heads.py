@@ -28,6 +28,7 @@ class Spec:
   act: str = ""  # after the dense layer, key of layers.ACTIVATIONS
   norm: layers.NormSpec | None = None
   tied: bool = False  # the output's weights are the embedding table
+  axis: str = "labels"  # logical axis of the output: "vocab" is split over the mesh
   pool: str = ""  # of POOLS: which hidden state of an example is taken; "": those of all tokens
   scale: float = 1.0  # of what goes into the output
   softcap: float = 0.0  # of the output
@@ -48,9 +49,9 @@ class Head(nnx.Module):
     if spec.norm:
       self.norm = layers.Norm((inner,), spec.norm, **build.dtypes)
     if spec.out and not spec.tied:
-      self.kernel = layers.param((inner, spec.out), ("embed", "vocab"), build.params_dtype, std=spec.std)
+      self.kernel = layers.param((inner, spec.out), ("embed", spec.axis), build.params_dtype, std=spec.std)
     if spec.out and spec.bias:
-      self.bias = layers.param((spec.out,), ("vocab",), build.params_dtype)
+      self.bias = layers.param((spec.out,), (spec.axis,), build.params_dtype)
     self.spec, self.dtype = spec, build.dtype
 
   def __call__(self, x: jax.Array, embed: layers.Embedding, key: jax.Array | None) -> jax.Array:
@@ -120,7 +121,7 @@ class Headed(nnx.Module):
 
   def logits(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Returns float32 [B, T, V] (or [B, T, C] of a head for each token)."""
-    return sharding.pin(self.head(x_BTD, self.embed, key), ("batch", "length", "vocab"))
+    return sharding.pin(self.head(x_BTD, self.embed, key), ("batch", "length", self.head.spec.axis))
 
   def classified(self, x_BTD, segments_BT, examples: int, key, name: str = "head", among_BT=None) -> jax.Array:
     """Returns float32 [B, M, C] for hidden states; `examples` is M, `among_BT` is for `pool`."""

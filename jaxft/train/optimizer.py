@@ -114,11 +114,7 @@ def make(
   """
   if name not in NAMES:
     raise InputError(f"optimizer.name is {name!r}; there are {', '.join(NAMES)}{did_you_mean(name, NAMES)}.")
-  if min(clip, toward_init) < 0 or _negative(decay) or not 0 < layer_decay <= 1:
-    raise InputError(
-      f"optimizer: clip={clip}, decay={decay} and toward_init={toward_init} must not be negative (0 switches off), "
-      f"layer_decay={layer_decay} must be above 0 and at most 1 (off)."
-    )
+  _check(clip=clip, decay=decay, toward_init=toward_init, layer_decay=layer_decay)
   flags = {p: f for p, f in trees.flatten(trainable).items() if np.any(f)}
   flat_shapes, flat_axes = trees.flatten(shapes), trees.flatten(axes)
   leaves = {p: _leaf(flat_shapes[p].shape, flat_axes[p]) for p in flags}
@@ -126,7 +122,6 @@ def make(
   starts = _starts(unfreeze, steps, shapes, axes)
   times_decay = trees.flatten(trees.by_rules(decay_rules, shapes, axes, name="optimizer.decay_rules"))
   rate = make_schedule(lr=lr, schedule=schedule, warmup=warmup, cooldown=cooldown, end=end, steps=steps)
-
   parts = [optax.clip_by_global_norm(clip)] if clip else []
   parts += [_algorithm(name, leaves, b1, b2, eps)]
   if toward_init:
@@ -138,6 +133,15 @@ def make(
     parts += [_stateless(lambda u, p, step, path: _where(step >= starts[path], u))]
   parts += [_stateless(lambda u, p, step, path: u if np.all(flags[path]) else _where(flags[path], u))]
   return _in_float32(optax.chain(*parts)), rate
+
+
+def _check(*, layer_decay: float, **others: Any) -> None:
+  wrong = [f"{k}={v}" for k, v in others.items() if _negative(v)]
+  if wrong or not 0 < layer_decay <= 1:
+    raise InputError(
+      f"optimizer: {', '.join(wrong) or 'all else'} must not be negative (0 switches off), layer_decay={layer_decay} "
+      "must be above 0 and at most 1 (off)."
+    )
 
 
 def _rates(lr_rules: trees.Rules, layer_decay: float, shapes: Tree, axes: Tree) -> dict[str, Any]:
@@ -219,7 +223,7 @@ def _leaf(shape: tuple, axes: tuple) -> _Leaf:
   own = tuple(axes[1:] if stacked else axes)
   rows = 0 if len(own) < 2 else (1 if len(own) == 2 or own[0] == "embed" else len(own) - 1)
   return _Leaf(
-    shape[0] if stacked else 0, rows, bool(rows) and "embed" in own and not {"vocab", "positions"} & set(own)
+    shape[0] if stacked else 0, rows, bool(rows) and "embed" in own and not {"vocab", "positions", "labels"} & set(own)
   )
 
 

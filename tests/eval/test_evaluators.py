@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "infer"))
 import tiny
 
 from jaxft import sharding
-from jaxft.data import pipeline
+from jaxft.data import objectives, pipeline
 from jaxft.errors import InputError
 from jaxft.eval import evaluators
 from jaxft.infer import generate, options
@@ -30,7 +30,8 @@ N, CAPS = 13, dict(inputs=12, targets=9)
 class Store:
   """What a data cache offers, in memory: uneven examples."""
 
-  pad, eos, caps = 0, 1, CAPS
+  pad, eos, caps, sides = 0, 1, CAPS, tuple(CAPS)
+  objective, variants, aligned = objectives.of("seq2seq", False), 1, {}
 
   def __init__(self):
     rng = np.random.default_rng(8)
@@ -46,8 +47,16 @@ class Store:
   def tokens(self, name, i):
     return self.rows[name][i]
 
-  def gather(self, name, ids):
-    return np.concatenate([np.zeros(0, np.int32), *(self.rows[name][i] for i in ids)])
+  @property
+  def context(self):
+    return np.zeros(N, np.int32)
+
+  def index(self, side, ids):
+    starts = np.cumsum([0, *self.lengths[side]])
+    return np.concatenate([np.zeros(0, int), *(np.arange(starts[i], starts[i + 1]) for i in ids)])
+
+  def values(self, side, index):
+    return np.concatenate(self.rows[side])[index]
 
   def texts(self, i):
     return tuple(" ".join(map(str, self.rows[s][i][:-1])) for s in CAPS)
@@ -73,7 +82,7 @@ def model():
 
 
 def loss_fn(model, batch, key):
-  return losses.seq2seq(model, batch, key, label_smoothing=0.2, z_loss=0.1)  # must not show in the reported loss
+  return losses.seq2seq(model, batch, key, losses.Options(0.2, 0.1))  # must not show in the reported loss
 
 
 def run(model, batch, pack, devices, **more):

@@ -6,6 +6,8 @@ other layers, q, k and v or the gate in another order, a norm in its first layer
 cut; DeBERTa's scale, norm of distances, their direction, vectors of q for those of k, or the border of a bucket.
 """
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +159,7 @@ def test_head_of_our_own(name, kind, act, tmp_path):
   body = hub.load(tmp_path / "source", skeleton.rules, skeleton.shapes, None, without=missing, **how)
   params = {**body, "head": drawn(skeleton)["head"]}
   tensors = save(tmp_path / "made", skeleton, params)
+  assert skeleton.json["architectures"] == [registry.FAMILIES[skeleton.json["model_type"]].heads["base"].architecture]
   own = {n for n in tensors if n.startswith("jaxft_head.")}
   assert own == {f"jaxft_head.{x}.{y}" for x in ("dense", "out") for y in ("weight", "bias")}
   out = 2 if kind == "qa" else 3
@@ -178,3 +181,24 @@ def test_head_of_our_own(name, kind, act, tmp_path):
   real = rows["input_segments"] > 0
   one, other = (got[:, 0], wanted[:, 0]) if kind == "classify" else (got[real], wanted[real])
   np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_our_own_head_and_a_usual_one_replace_each_other(tmp_path, caplog):
+  """What the file has of the other is said to be unused."""
+  config, parts = tiny.CONFIGS["distilbert"], {f"head/{x}" for x in ("dense/kernel", "dense/bias", "kernel", "bias")}
+  want = lambda mlp: registry.Wanted("classify", ("a", "b", "c"), mlp=mlp)
+  caplog.set_level(logging.INFO, "jaxft")
+  for before, after, unused in (
+    (None, (13, "silu"), ("pre_classifier", "classifier")),
+    ((13, "silu"), None, ("jaxft_head",)),
+    (None, None, ()),
+  ):
+    skeleton = registry.skeleton(config, want=want(before), **HOW)
+    save(tmp_path, skeleton, drawn(skeleton))
+    caplog.clear()
+    skeleton = registry.skeleton(registry.read_config(tmp_path), want=want(after), **HOW)
+    how = dict(prefix=skeleton.prefix, renames=skeleton.renames)
+    missing = hub.lacking(tmp_path, skeleton.rules, skeleton.shapes, ("head/.*",), **how)
+    assert missing == (set() if before == after else parts)
+    hub.load(tmp_path, skeleton.rules, skeleton.shapes, None, without=missing, **how)
+    assert all(f"{name}.*" in caplog.text for name in unused) and bool(unused) == bool(caplog.text), caplog.text

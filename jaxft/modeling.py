@@ -134,7 +134,7 @@ def make(c: Reader, s: Source, want: registry.Wanted | None) -> Model:
   )
   stored = skeleton = registry.skeleton(s.json, **how)
   if c.model.resize and s.tokenizer.size > skeleton.generation["vocab"]:
-    skeleton = registry.skeleton({**s.json, "vocab_size": s.tokenizer.size}, **how)
+    skeleton = registry.skeleton(registry.with_vocab(s.json, s.tokenizer.size), **how)
   plain = skeleton if c.model.remat == "none" else registry.skeleton(skeleton.json, **{**how, "remat": "none"})
   tokens.check_vocab(s.tokenizer, skeleton.generation["vocab"])
   shardings = sharding.leaf_shardings(mesh, rules, skeleton.axes, skeleton.shapes)
@@ -174,7 +174,8 @@ def load(m: Model, seed: int, *, fresh: bool = False) -> Any:
   names = dict(prefix=m.stored.prefix, renames=m.stored.renames)
   heads = [part.format(name) for name, _ in m.stored.spec.heads for part in PARTS]
   without = hub.lacking(m.folder, m.stored.rules, m.stored.shapes, heads, replace=fresh, **names)
-  if without and not fresh:
+  buffers = {f"{name}/bias" for name, head in m.stored.spec.heads if head.fixed_bias}  # zeros where a file has none
+  if without - buffers and not fresh:
     raise InputError(
       f"{m.folder}: it has no head for this task ({', '.join(sorted(without))}); its outputs would be noise. Train it "
       "first (python -m jaxft.main), or give the folder of a model that was."

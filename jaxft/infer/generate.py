@@ -184,6 +184,7 @@ class Generator:
         f"generation: input {ids[int(largest.argmax())]!r} has the token id {largest.max()}, but the model's "
         f"vocabulary has {vocab} entries: this is the tokenizer of another model."
       )
+    self._check_positions(lengths, ids)
     order = np.argsort(-lengths, kind="stable")
     size = min(self._batch, -(-max(len(rows), 1) // self._shards) * self._shards)
     waiting: collections.deque = collections.deque()
@@ -196,6 +197,19 @@ class Generator:
         yield self._collect(*waiting.popleft(), ids)
     while waiting:
       yield self._collect(*waiting.popleft(), ids)
+
+  def _check_positions(self, lengths: np.ndarray, ids) -> None:
+    """Raises InputError where what is read, and by a decoder read and written, has more tokens than positions."""
+    most, length = self.skeleton.positions, self.options.length
+    if not most or not len(lengths):
+      return
+    longest = int(lengths.max())
+    need = longest + length if self.options.start is None else max(longest, length)
+    if need > most:
+      raise InputError(
+        f"generation: input {ids[int(lengths.argmax())]!r} has {longest} tokens and an answer may have {length}, but "
+        f"the model has {most} positions. Shorten the inputs, or lower --max_new_tokens (evals.NAME.length)."
+      )
 
   def _dispatch(self, params, rows, ids, seed: int, size: int) -> Generated:
     T = bucket(max(map(len, rows)))

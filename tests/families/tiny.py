@@ -38,7 +38,7 @@ DISTILBERT = dict(
   initializer_range=0.07, pad_token_id=0)  # fmt: skip
 
 T5 = dict(
-  vocab_size=43, d_model=24, d_kv=5, d_ff=37, num_layers=3, num_decoder_layers=2, num_heads=3,
+  vocab_size=43, d_model=14, d_kv=4, d_ff=37, num_layers=2, num_decoder_layers=1, num_heads=3,
   relative_attention_num_buckets=10, relative_attention_max_distance=19, layer_norm_epsilon=3e-4, dropout_rate=0.23,
   classifier_dropout=0.19, initializer_factor=0.7, pad_token_id=0, eos_token_id=1,
   decoder_start_token_id=2)  # fmt: skip

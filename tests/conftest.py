@@ -5,13 +5,26 @@ optimisation, 2.0 with the older code generator as well (which JAX has up to 0.1
 """
 
 import importlib.metadata
+import logging
 import os
+
+import pytest
 
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
   FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+@pytest.fixture(autouse=True)
+def logger():
+  """Leaves the logger as it was: a run in this process gives it handlers, and the next test would see no messages."""
+  log = logging.getLogger("jaxft")
+  before = log.handlers[:], log.propagate, log.level
+  yield
+  log.handlers[:], log.propagate = before[:2]
+  log.setLevel(before[2])
 
 
 def pytest_collection_modifyitems(items):

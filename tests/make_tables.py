@@ -25,9 +25,9 @@ Made by `python -m tests.make_tables` out of a run of the tests; do not edit.
 ## Parity with transformers
 
 Each cell counts the tests that passed: tiny models of odd sizes with large random weights, float32, tolerance 1e-5.
-`numbers`: logits, loss and the gradient of every tensor. `export`: the folder that jaxft writes loads in transformers with the
-same bits and means the same config. `generation`: greedy, beams, repetition penalty, n-grams and least length equal
-transformers' `generate`, token by token.
+`numbers`: logits, loss and the gradient of every tensor. `export`: the folder that jaxft writes loads in transformers
+with the same bits and means the same config. `generation`: greedy, beams, repetition penalty, n-grams and least length
+equal transformers' `generate`, token by token.
 
 """
 
@@ -86,8 +86,7 @@ def _sort(name: str) -> str:
 def main() -> None:
   from tests.families import tiny
 
-  types = {name: c["model_type"] for group in vars(tiny).values() if isinstance(group, dict) for name, c in group.items()
-           if isinstance(c, dict) and "model_type" in c}  # fmt: skip
+  types = {name: c["model_type"] for name, c in tiny.CONFIGS.items()}
   parts = [*table(run(), types), "", "## Tasks and the families that support them", "", *tasks(), ""]
   FILE.write_text(HEAD + "\n".join(parts))
   print(FILE)

@@ -49,8 +49,8 @@ def test_step_compiles_and_fits(size, topology, axes, batch, remat, capfd):
   flags = trees.trainable(((".*", True),), m.shapes, m.axes)
   tx, rate = optimizer.make(
     name="adamw", lr=1e-3, schedule="linear", warmup=10, cooldown=0.0, end=0.0, clip=1.0, b1=0.9, b2=0.999, eps=1e-8,
-    decay=0.01, decay_rules=((r".*norm.*", 0.0), (r".*", 1.0)), lr_rules=((r".*", 1.0),), layer_decay=1.0, toward_init=0.0,
-    unfreeze=(), steps=100, shapes=m.shapes, axes=m.axes, trainable=flags)  # fmt: skip
+    decay=0.01, decay_rules=((r".*norm.*", 0.0), (r".*", 1.0)), lr_rules=((r".*", 1.0),), layer_decay=1.0,
+    toward_init=0.0, unfreeze=(), steps=100, shapes=m.shapes, axes=m.axes, trainable=flags)  # fmt: skip
   abstract = step.abstract_state(m.shapes, places, tx, flags)
   loss = lambda p, rows, key: losses.seq2seq(m.bind(p), rows, key, losses.Options(0.1, 1e-4))
   fn = step.make_train_step(loss, tx, rate, 1, trainable=flags, pins=step.shardings_of(abstract.params))

@@ -73,7 +73,8 @@ def batch(kind: str, c: dict, seed: int = 7) -> dict[str, np.ndarray]:
   )
   if kind == "seq2seq":
     targets = np.arange(max(TARGETS)) < np.array(TARGETS)[:, None]
-    out["targets"] = np.where(targets, rng.integers(3, vocab, targets.shape), c.get("pad_token_id") or 0).astype(np.int32)
+    drawn = rng.integers(3, vocab, targets.shape)
+    out["targets"] = np.where(targets, drawn, c.get("pad_token_id") or 0).astype(np.int32)
     out["target_segments"] = targets.astype(np.int32)
     out["weights"] = targets.astype(np.float32)
   elif kind in ("lm", "mlm", "mlm_nsp", "tag"):
@@ -195,8 +196,8 @@ def by_hub_names(skeleton, tree) -> dict[str, np.ndarray]:
   flat = trees.flatten(tree)
   out = {}
   for e in names.entries(skeleton.rules, flat):
-    layer = lambda r: flat[r.ours][e.layer] if r.stacked else flat[r.ours]
-    out[e.name] = e.join([r.to_hub(np.asarray(layer(r)), flat[r.ours].shape) for r in e.rules])
+    leaves = [(r, flat[r.ours]) for r in e.rules]
+    out[e.name] = e.join([r.to_hub(np.asarray(x[e.layer] if r.stacked else x), x.shape) for r, x in leaves])
   return out
 
 
@@ -256,8 +257,9 @@ WAYS = (
   dict(no_repeat_ngram=2, repetition_penalty=1.4),
   dict(beams=2, no_repeat_ngram=3, min_length=4),
 )
-THEIRS = dict(beams="num_beams", samples="num_return_sequences", no_repeat_ngram="no_repeat_ngram_size",
-              min_length="min_new_tokens", length_penalty="length_penalty", repetition_penalty="repetition_penalty")  # fmt: skip
+THEIRS = dict(
+  beams="num_beams", samples="num_return_sequences", no_repeat_ngram="no_repeat_ngram_size",
+  min_length="min_new_tokens", length_penalty="length_penalty", repetition_penalty="repetition_penalty")  # fmt: skip
 
 
 def check_generation(config: dict, folder, way: dict, length: int = 9) -> None:

@@ -13,6 +13,7 @@ from jaxft import config, hub, kinds, modeling, setup, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import clean
 from jaxft.errors import InputError, NumbersError, StorageError
+from jaxft.families import registry
 from jaxft.train import checkpoint, loop, workdir
 from jaxft.train import step as train_step
 
@@ -158,7 +159,14 @@ def for_decoding(name: str, which: str, dtype: str) -> tuple[modeling.Model, Any
 
 
 def answer_length(m: modeling.Model, given: dict) -> dict:
-  """Returns `given` with a length, where neither it nor the model's own generation_config.json has one."""
+  """Returns `given` with a length, where neither it nor the model's own generation_config.json has one; raises
+  InputError for a model that writes no text.
+  """
+  if m.skeleton.kind != "lm":
+    raise InputError(
+      f"decode: the head of this model is for {registry.KINDS[m.skeleton.kind]}; it writes no text. jaxft.evaluate scores "
+      "it, and writes its predictions to samples/."
+    )
   own = modeling.generation_config(m)
   if given.get("length") is None and all(own.get(k) is None for k in ("max_new_tokens", "max_length")):
     log.info("The model names no length for its answers; at most 256 new tokens (--max_new_tokens).")

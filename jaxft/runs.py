@@ -164,8 +164,8 @@ def answer_length(m: modeling.Model, given: dict) -> dict:
   """
   if m.skeleton.kind != "lm":
     raise InputError(
-      f"decode: the head of this model is for {registry.KINDS[m.skeleton.kind]}; it writes no text. jaxft.evaluate scores "
-      "it, and writes its predictions to samples/."
+      f"decode: the head of this model is for {registry.KINDS[m.skeleton.kind]}; it writes no text. jaxft.evaluate "
+      "scores it, and writes its predictions to samples/."
     )
   own = modeling.generation_config(m)
   if given.get("length") is None and all(own.get(k) is None for k in ("max_new_tokens", "max_length")):

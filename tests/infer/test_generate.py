@@ -182,7 +182,7 @@ def test_generator_batches_and_meshes(model):
 class Bare:
   """A skeleton over a Table."""
 
-  generation = dict(vocab=6)
+  generation, positions = dict(vocab=6), 0
 
   def bind(self, params):
     return Table(params)
@@ -194,6 +194,13 @@ def test_generator_refuses():
   beams = generate.Generator(Bare(), Words(), options.Options(**base, beams=2), batch=4)
   with pytest.raises(InputError, match="no tokens"):
     g.tokens(params, [[3, 1], []])
+  short = Bare()
+  short.positions = 4
+  for start, fits in ((0, 4), (None, 1)):  # a decoder goes on from its prompt
+    one = generate.Generator(short, Words(), options.Options(**{**base, "start": start}), batch=4)
+    with pytest.raises(InputError, match=f"has {fits + 1} tokens and an answer may have 3, but the model has 4"):
+      one._check_positions(np.array([fits, fits + 1]), range(2))
+    one._check_positions(np.array([fits]), range(1))
   with pytest.raises(InputError, match="'b'.*6 entries"):
     g.tokens(params, [[3, 1], [6, 1]], ids=["a", "b"])
   assert g.tokens(params, []) == []

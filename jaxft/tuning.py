@@ -358,7 +358,7 @@ def _logging(home: pathlib.Path, main: bool = True) -> None:
       handler.close()
   observe.setup_logging(home, main=main)
   for handler in root.handlers:
-    if not isinstance(handler, logging.FileHandler):
+    if getattr(handler, "jaxft", False) and not isinstance(handler, logging.FileHandler):
       handler.addFilter(lambda record: record.name == log.name or record.levelno >= logging.WARNING)
 
 

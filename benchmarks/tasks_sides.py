@@ -93,12 +93,12 @@ def our_config(args: argparse.Namespace, case: Case):
 
 def train_ours(args: argparse.Namespace, case: Case) -> None:
   """Trains with jaxft's data, step and prefetch, as jaxft.main does."""
-  from jaxft import config, evaluations, modeling, observe, setup
+  from jaxft import config, evaluations, modeling, programs, setup
   from jaxft.train import step
 
   c, speed = our_config(args, case), args.mode == "speed"
   if speed:
-    observe.compile_cache(f"{args.cache}/xla")
+    programs.keep(f"{args.cache}/xla")
   r = config.Reader(c)
   source = modeling.source(r)
   data = setup.training_data(r, source)

@@ -141,7 +141,7 @@ def _model() -> ConfigDict:
   c.neftune = 0.0  # noise on token embeddings in training, 5 is usual (arXiv 2310.05914)
   c.head = dict(width=0, act="tanh")  # a head W2 act(W1 h + b1) + b2 in place of the family's; 0: the family's
   c.remat = "none"  # what the backward pass recomputes: none, block, dots
-  c.unroll = 1  # layers unrolled in each turn of the scan over layers
+  c.unroll = 0  # layers in each turn of the scan over layers; 0: 12 on CPU without remat (less is copied), else 1
   c.resize = False  # let the vocabulary grow to the tokenizer's size
   return c
 

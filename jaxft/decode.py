@@ -9,7 +9,7 @@ import types
 
 from absl import flags
 
-from jaxft import cli, cluster, display, modeling, observe, runs
+from jaxft import cli, cluster, display, modeling, observe, programs, runs
 from jaxft.data import sources
 from jaxft.errors import InputError
 from jaxft.infer import batch_decode, options
@@ -84,7 +84,7 @@ def main(f: types.SimpleNamespace) -> int:
   if not (f.model.value and f.input.value and f.output.value):
     raise InputError("--model, --input and --output are needed; see --help.")
   observe.setup_logging(None)
-  observe.compile_cache()
+  programs.keep()
   return decode(
     f.model.value,
     f.input.value,

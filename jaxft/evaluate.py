@@ -14,7 +14,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxft import cli, cluster, config, display, evaluations, modeling, observe, runs, setup
+from jaxft import cli, cluster, config, display, evaluations, modeling, observe, programs, runs, setup
 from jaxft.errors import InputError, StorageError
 from jaxft.train import workdir
 
@@ -104,7 +104,7 @@ def define() -> types.SimpleNamespace:
 def main(f: types.SimpleNamespace) -> int:
   cluster.join()
   observe.setup_logging(None)
-  observe.compile_cache()
+  programs.keep()
   c = cli.checked(f.config) if f.config.value is not None else None
   if f.watch.value and f.model.value:
     raise InputError("--watch follows a run (--workdir); a model of --model does not change.")

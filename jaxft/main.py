@@ -15,7 +15,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxft import cli, cluster, config, display, evaluations, export, modeling, observe, report, runs, setup
+from jaxft import cli, cluster, config, display, evaluations, export, modeling, observe, programs, report, runs, setup
 from jaxft.data import report as data_report
 from jaxft.errors import InputError
 from jaxft.train import loop, step, workdir
@@ -35,7 +35,7 @@ def train(c: ConfigDict, folder: str, way: setup.Way = setup.Way()) -> loop.Outc
 
 
 def _train(c: config.Reader, whole: ConfigDict, home: pathlib.Path, main: bool, way: setup.Way) -> loop.Outcome:
-  observe.log.info("Compiled programs are kept in %s.", observe.compile_cache() or "memory only")
+  observe.log.info("Compiled programs are kept in %s.", programs.keep() or "memory only")
   source = way.part(modeling.source, c)
   data = way.part(setup.training_data, c, source)
   m = way.part(setup.model_for, c, source, data)

@@ -124,7 +124,7 @@ def make(c: Reader, s: Source, want: registry.Wanted | None) -> Model:
     dtype=activations(c.model.dtype),
     params_dtype=floating("model.params_dtype", c.model.params_dtype),
     remat=c.model.remat,
-    unroll=c.model.unroll,
+    unroll=c.model.unroll or (12 if jax.default_backend() == "cpu" and c.model.remat == "none" else 1),
     dropout=c.model.dropout,
     attention_dropout=c.model.attention_dropout,
     head_dropout=c.model.head_dropout,

@@ -3,7 +3,6 @@
 Only process 0 writes; the others keep their warnings. Whatever is written goes through `redact` first.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -91,33 +90,6 @@ def _unraisable(told: Any) -> None:
   """Logs what Python cannot raise. After a disk-full error, TensorStore's threads call into a closed event loop of
   Orbax's; a traceback of that on stderr would hide the message that matters."""
   log.debug("ignored in %r", told.object, exc_info=(told.exc_type, told.exc_value, told.exc_traceback))
-
-
-def compile_cache(folder: str = "") -> str:
-  """Keeps compiled programs on disk between runs, and returns where.
-
-  `folder` empty: $JAXFT_CACHE/xla, else ~/.cache/jaxft/xla. CPU programs hold instructions of the very CPU, and a
-  shared home serves several kinds, so its features are part of the path.
-  """
-  base = pathlib.Path(folder or os.path.join(os.environ.get("JAXFT_CACHE", "~/.cache/jaxft"), "xla")).expanduser()
-  if jax.default_backend() == "cpu":
-    info = pathlib.Path("/proc/cpuinfo")
-    flags = (
-      [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features", "model name"))][:2]
-      if info.exists()
-      else []
-    )
-    base = base / ("cpu-" + hashlib.sha256("".join([platform.machine(), *flags]).encode()).hexdigest()[:8])
-  try:
-    base.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    log.warning(
-      "Compiled programs are not kept: %s cannot be made (%s). Set JAXFT_CACHE to a folder that can.", base, e
-    )
-    return ""
-  jax.config.update("jax_compilation_cache_dir", str(base))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-  return str(base)
 
 
 def environment() -> dict[str, Any]:

@@ -3,7 +3,6 @@ that shows nothing, breaks on odd text or needs another file."""
 
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -152,19 +151,6 @@ def test_progress_without_a_terminal(monkeypatch, caplog):
 
 def test_durations():
   assert [observe.duration(s) for s in (0.4, 59, 190, 7500, 273600)] == ["0s", "59s", "3m10s", "2h05m", "3d04h"]
-
-
-def test_compile_cache_is_used_or_said(tmp_path, monkeypatch, caplog):
-  code = (
-    f"from jaxft import observe; import jax; print(observe.compile_cache({str(tmp_path / 'c')!r}));"
-    "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
-    "jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3)))"
-  )
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
-  where = done.stdout.strip()
-  assert where.startswith(str(tmp_path / "c")) and os.listdir(where)
-  (tmp_path / "file").write_text("")
-  assert observe.compile_cache(str(tmp_path / "file" / "x")) == "" and "not kept" in caplog.text
 
 
 # -- the report

@@ -49,7 +49,7 @@ OTHER_NAMES = dict(
 # as in `data.train` (empty: data.validation); batch: rows at a time, which changes no value; limit: rows read (0: all).
 _EACH = dict(every=0, start=False, data="", batch=64, limit=0)
 EVAL = dict(  # `kind` says which of these it reads; metrics: eval/metrics.py and eval/scores.py have their names
-  loss=dict(kind="loss", **_EACH),  # loss, perplexity, accuracy, tokens
+  loss=dict(kind="loss", **_EACH),  # loss, perplexity (of tokens, words, bytes), bits_per_byte, accuracy, tokens
   generate=dict(
     kind="generate",
     **_EACH,
@@ -131,6 +131,7 @@ def _model() -> ConfigDict:
   c = ConfigDict()
   c.init = ""  # folder, Hub id or builtin:NAME with the weights to start from; empty: fresh weights from `model.config`
   c.config = ConfigDict()  # a config.json for fresh weights (model_type=..., d_model=...), free of the rest's checks
+  c.languages = ()  # read and written, such as ("en_XX", "ro_RO"), of mBART; empty: as the tokenizer's files say
   c.tokenizer = ""  # folder or Hub id; empty: the one beside the weights
   c.dtype = "auto"  # of activations: bfloat16, float32; auto: bfloat16 on TPU and GPU, float32 on CPU
   c.params_dtype = "float32"  # of the master weights

@@ -1,18 +1,21 @@
 """Decodes: python -m jaxft.decode --model=FOLDER_OR_RUN --input=in.jsonl --output=out.jsonl --template="German: {en}"
 
 Reads JSON Lines with the template's fields, or chats (`messages`) for a model with a chat template, and perhaps an `id`
-(else the number of the row), writes {"id", "output"} lines. Run again after a kill, it does what is missing; each id is
+(else the number of the row), writes {"id", "output"} lines: text, or the label of a classifier, the tags of words, the
+value of a regression (--scores: with probabilities). Run again after a kill, it does what is missing; each id is
 there exactly once. Exit code 3: some rows have an "error" in place of an "output".
 """
 
 import types
+from typing import Any
 
 from absl import flags
 
 from jaxft import cli, cluster, display, modeling, observe, programs, runs
-from jaxft.data import sources
+from jaxft.data import clean, sources
 from jaxft.errors import InputError
-from jaxft.infer import batch_decode, options
+from jaxft.families import registry
+from jaxft.infer import batch_decode, labelling, options
 from jaxft.infer.generate import Generator
 
 
@@ -22,6 +25,7 @@ def decode(
   output: str,
   *,
   template: str = "",
+  pair: str = "",
   checkpoint: str = "best",
   seed: int = 0,
   batch: int = 32,
@@ -33,25 +37,47 @@ def decode(
   **generation,
 ) -> batch_decode.Report:
   """Decodes every row of `input` with `model` into `output`; `generation` are fields of infer.options.Options (None:
-  not given).
+  not given), for models that write text.
   """
   cluster.join()
   m, params, of_run, fix, chat = runs.for_decoding(model, checkpoint, dtype)
-  templates, chat = ([template], None) if template else (of_run, chat)
-  how = options.read(m.skeleton.generation, modeling.generation_config(m), **runs.answer_length(m, generation))
-  engine = Generator(m.skeleton, m.tokenizer, how, batch=batch, mesh=m.mesh, rules=m.rules)
-  observe.log.info("Decoding %s with %s, template %s, %s.", input, model, " or ".join(map(repr, templates)), how)
+  if pair and not template:
+    raise InputError("decode: --pair is the template of a second text; give that of the first, --template, too.")
+  templates, chat = ([(template, pair)], None) if template else (of_run, chat)
+  engine, how, render = _engine(m, templates, fix, chat, batch, generation)
+  said = " or ".join(" and ".join(repr(x) for x in t if x) for t in templates)
+  observe.log.info("Decoding %s with %s, template %s, %s.", input, model, said, how)
+  if m.skeleton.kind != "lm" and m.skeleton.positions:
+    inputs_length = min(inputs_length or m.skeleton.positions, m.skeleton.positions)
   report = batch_decode.decode(
-    engine, params, sources.read(input), output, render=batch_decode.renderer(templates, fix.text, chat),
-    seed=seed,
-    inputs_length=inputs_length, too_long=too_long, scores=scores, overwrite=overwrite,
-    progress=display.Bar("decode"),
+    engine, params, sources.read(input), output, render=render, seed=seed, inputs_length=inputs_length,
+    too_long=too_long, scores=scores, overwrite=overwrite, progress=display.Bar("decode"),
     about=dict(model=model, checkpoint=checkpoint, template=templates, strip=fix.strip, unicode=fix.unicode,
                dtype=m.skeleton.dtype.name, **(dict(chat=chat.text) if chat else {})))  # fmt: skip
+  cut = f", {report.cut} cut by the limit of {how.length} tokens" if m.skeleton.kind == "lm" else ""
   observe.log.info(
-    "%d rows in %.1f s (%d done before), %d errors, %d cut by the limit of %d tokens: %s",
-    report.rows, report.seconds, report.resumed, report.errors, report.cut, how.length, output)  # fmt: skip
+    "%d rows in %.1f s (%d done before), %d errors%s: %s", report.rows, report.seconds, report.resumed, report.errors,
+    cut, output)  # fmt: skip
   return report
+
+
+def _engine(m: modeling.Model, templates: list, fix: clean.Options, chat: Any, batch: int, generation: dict) -> tuple:
+  """Returns (engine, what it is told, for a log, and the `render` of rows) for the head of the model."""
+  where, kind = dict(batch=batch, mesh=m.mesh, rules=m.rules), m.skeleton.kind
+  if kind not in labelling.KINDS:
+    how = options.read(m.skeleton.generation, modeling.generation_config(m), **runs.answer_length(m, generation))
+    render = batch_decode.renderer([t for t, _ in templates], fix.text, chat)
+    return Generator(m.skeleton, m.tokenizer, how, **where), how, render
+  given = [k for k, v in generation.items() if v is not None]
+  if given:
+    raise InputError(
+      f"decode: {', '.join(given)}: settings of models that write text, and the head of this one is for "
+      f"{registry.KINDS[kind]}."
+    )
+  made = labelling.Labeller(m.skeleton, m.tokenizer, **where)
+  what = f"{made.what.replace('_', ' ')}, labels {', '.join(m.skeleton.labels[:8])}"
+  what += f" and {len(m.skeleton.labels) - 8} more" if len(m.skeleton.labels) > 8 else ""
+  return made, what, batch_decode.label_renderer(templates, fix.text, words=kind == "tag")
 
 
 def define() -> types.SimpleNamespace:
@@ -60,6 +86,7 @@ def define() -> types.SimpleNamespace:
     input=flags.DEFINE_string("input", None, "JSON Lines file (or csv, tsv, parquet, txt; .gz)."),
     output=flags.DEFINE_string("output", None, "JSON Lines file to write."),
     template=flags.DEFINE_string("template", "", "Input text with {fields}; empty: that of the run, else {input}."),
+    pair=flags.DEFINE_string("pair", "", "Template of the text beside it, for models that label pairs."),
     checkpoint=flags.DEFINE_string("checkpoint", "best", "Of a run folder: best, latest or a step."),
     max_new_tokens=flags.DEFINE_integer(
       "max_new_tokens", None, "Most tokens an answer may have; unset: as the model says, else 256."
@@ -90,6 +117,7 @@ def main(f: types.SimpleNamespace) -> int:
     f.input.value,
     f.output.value,
     template=f.template.value,
+    pair=f.pair.value,
     checkpoint=f.checkpoint.value,
     seed=f.seed.value,
     batch=f.batch.value,

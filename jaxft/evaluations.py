@@ -17,6 +17,7 @@ from jaxft.train import losses
 
 log = logging.getLogger("jaxft")
 ANSWERS = ("seq2seq", "sft", "prefix_lm")  # kinds of task whose examples have a prompt and an answer
+WRITTEN = (*ANSWERS, "causal")  # kinds whose loss is that of a text
 
 
 def make(c: Reader, m: modeling.Model, home: pathlib.Path | None, *, needed: bool = False) -> list:
@@ -64,7 +65,8 @@ def _one(c: Reader, m: modeling.Model, home: pathlib.Path | None, name: str, e: 
   told = setup.loss_options(c, data, plain=True)
   if e["kind"] == "loss":
     loss = losses.make(task.kind, told)
-    return evaluators.LossEvaluator(name, e["every"], skeleton=m.skeleton, loss_fn=loss, **more)
+    texts = functools.partial(evaluators.count_text, data, m.tokenizer.decode) if task.kind in WRITTEN else None
+    return evaluators.LossEvaluator(name, e["every"], skeleton=m.skeleton, loss_fn=loss, counts=texts, **more)
   out, answers = losses.OUTPUTS[task.kind], None
   if task.kind == "qa":
     answers = functools.partial(qa.answers, n_best=e["n_best"], max_answer_length=e["max_answer_length"])

@@ -111,7 +111,7 @@ def source(c: Reader, home: pathlib.Path | None = None) -> Source:
   if not (named or folder or home):
     raise InputError("config: model.tokenizer is empty; fresh weights need the folder or Hub id of a tokenizer.")
   from_ = home / FOLDER if home else locate(named) if named else folder
-  return Source(folder, home, json, tokens.load(str(from_)), from_)
+  return Source(folder, home, json, tokens.load(str(from_), tuple(c.model.languages)), from_)
 
 
 def make(c: Reader, s: Source, want: registry.Wanted | None) -> Model:
@@ -198,8 +198,13 @@ def load(m: Model, seed: int, *, fresh: bool = False) -> Any:
 
 
 def generation_config(m: Model) -> dict:
-  """Returns the generation_config.json beside the weights, or what transformers writes for a model that has none."""
+  """Returns the generation_config.json beside the weights, or what transformers writes for a model that has none.
+
+  Where the tokenizer marks the language of what is written, that mark is what answers start with.
+  """
   file = m.folder / "generation_config.json" if m.folder else None
-  if file and file.exists():
-    return hub.read_json(file)
-  return m.skeleton.generation_config
+  given = hub.read_json(file) if file and file.exists() else m.skeleton.generation_config
+  if m.tokenizer.target_start is None:
+    return given
+  place, code = m.tokenizer.target_start
+  return {**given, "forced_bos_token_id" if place == 0 else "decoder_start_token_id": code}

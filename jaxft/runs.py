@@ -32,7 +32,8 @@ def keep(m: modeling.Model, home: pathlib.Path, tasks: Sequence[Mapping[str, Any
   m.tokenizer.save(folder)
   if chat:
     (folder / kinds.CHAT).write_text(chat, encoding="utf-8")
-  given = dict(inputs=[t["input"] for t in tasks]) | (dict(chat=True) if any(t["chat"] for t in tasks) else {})
+  given = dict(inputs=[t["input"] for t in tasks], pairs=[t.get("pair", "") for t in tasks])
+  given |= dict(chat=True) if any(t["chat"] for t in tasks) else {}
   jsons = {TASK: given, "config.json": m.skeleton.json}
   if m.skeleton.kind == "lm":
     jsons["generation_config.json"] = modeling.generation_config(m)
@@ -141,21 +142,29 @@ def best_of(m: modeling.Model, checkpointer: checkpoint.Checkpointer, outcome: l
 
 
 def for_decoding(name: str, which: str, dtype: str) -> tuple[modeling.Model, Any, list, clean.Options, Any]:
-  """Returns (model, weights, input templates, what is done to each field, chat template or None) of a run folder, with
-  which it was trained, or of a Hugging Face folder or Hub id: {input}, stripped, and the tokenizer's chat template.
+  """Returns (model, weights, templates, what is done to each field, chat template or None) of a run folder, with which
+  it was trained, or of a Hugging Face folder or Hub id: {input}, stripped, and the tokenizer's chat template.
+
+  A template is (that of the input, that of the text beside it or "").
   """
   home = pathlib.Path(name).expanduser()
   if (home / modeling.FOLDER / "config.json").exists():
     c, m, checkpointer = run(name, dtype)
     given = hub.read_json(home / modeling.FOLDER / TASK)
     chat = kinds.template(m.tokenizer) if given.get("chat") else None
-    return m, weights(m, checkpointer, pick(checkpointer, which)), given["inputs"], setup.cleaning(c), chat
+    return (
+      m,
+      weights(m, checkpointer, pick(checkpointer, which)),
+      list(zip(given["inputs"], given["pairs"])),
+      setup.cleaning(c),
+      chat,
+    )
   c = config.base()
   c.model.init, c.model.dtype = name, dtype
   c.model.params_dtype = modeling.activations(dtype).name
   c = Reader(c)
   m = modeling.make(c, modeling.source(c), None)
-  return m, modeling.load(m, 0), ["{input}"], setup.cleaning(c), kinds.template(m.tokenizer)
+  return m, modeling.load(m, 0), [("{input}", "")], setup.cleaning(c), kinds.template(m.tokenizer)
 
 
 def answer_length(m: modeling.Model, given: dict) -> dict:
@@ -164,8 +173,8 @@ def answer_length(m: modeling.Model, given: dict) -> dict:
   """
   if m.skeleton.kind != "lm":
     raise InputError(
-      f"decode: the head of this model is for {registry.KINDS[m.skeleton.kind]}; it writes no text. jaxft.evaluate "
-      "scores it, and writes its predictions to samples/."
+      f"decode: the head of this model is for {registry.KINDS[m.skeleton.kind]}; it writes neither text nor labels "
+      "for new rows. jaxft.evaluate scores it, and writes its predictions to samples/."
     )
   own = modeling.generation_config(m)
   if given.get("length") is None and all(own.get(k) is None for k in ("max_new_tokens", "max_length")):

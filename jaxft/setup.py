@@ -26,7 +26,7 @@ DONE = "done.json"  # in a run folder: why training ended, once it has
 
 # Numbers of a config that are arguments of the compiled step: other values compile nothing. Those of the second row
 # only where a sweep varies them: a constant 1 - b2 is rounded once, in float64.
-TRACED = ("optimizer.lr", "optimizer.eps", "optimizer.decay")
+TRACED = ("optimizer.lr", "optimizer.eps", "optimizer.decay", "loss.label_smoothing", "loss.z_loss")
 TRACED_IN_SWEEPS = ("optimizer.b1", "optimizer.b2")
 
 
@@ -158,8 +158,11 @@ def total_steps(c: Reader, data: pipeline.Batches) -> int:
   return steps or data.steps(epochs)
 
 
-def loss_options(c: Reader, data: cache.Store, *, plain: bool = False) -> losses.Options:
-  """Returns what the loss of training is told, or `plain`, that of evaluation: without what only training wants."""
+def loss_options(c: Reader, data: cache.Store, names: Collection[str] = (), *, plain: bool = False) -> losses.Options:
+  """Returns what the loss of training is told, or `plain`, that of evaluation: without what only training wants.
+
+  The numbers `names` are left at 0, to be put in when the step is traced.
+  """
   beside = {}
   if c.task["kind"] == "mlm_nsp":  # so that the loss of the pairs weighs as much as that of the tokens
     beside["nsp_scale"] = hidden.mean_hidden(data.lengths["inputs"], c.task["mask"]["share"])
@@ -176,13 +179,23 @@ def loss_options(c: Reader, data: cache.Store, *, plain: bool = False) -> losses
       f"config: loss.class_weights is {c.loss.class_weights!r}; it is 'balanced' or a number for each of the labels "
       f"{', '.join(map(str, data.labels or ())) or '(this task has none)'}."
     )
-  return losses.Options(c.loss.label_smoothing, c.loss.z_loss, weights, multi=task(c).multi, **beside)
+  smoothing, z = (0.0 if path in names else _at(c, path) for path in ("loss.label_smoothing", "loss.z_loss"))
+  return losses.Options(smoothing, z, weights, multi=task(c).multi, **beside)
 
 
-def loss(c: Reader, skeleton: registry.Skeleton, data: cache.Store) -> step.Loss:
-  """Returns the loss of training: loss_fn(params, batch, key)."""
-  one = losses.make(task(c).kind, loss_options(c, data))
-  return lambda params, batch, key: one(skeleton.bind(params), batch, key)
+def loss(c: Reader, skeleton: registry.Skeleton, data: cache.Store, names: Collection[str]) -> Callable:
+  """Returns what gives the loss of training, loss_fn(params, batch, key), for values of the numbers `names`."""
+  kind, told = task(c).kind, loss_options(c, data, names)
+
+  def of(given: Mapping[str, Any]) -> step.Loss:
+    one = losses.make(kind, dataclasses.replace(told, **_group("loss", given)))
+    return lambda params, batch, key: one(skeleton.bind(params), batch, key)
+
+  return of
+
+
+def _group(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
+  return {path.split(".")[-1]: x for path, x in given.items() if path.startswith(f"{group}.")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,14 +233,19 @@ class Program:
 def numbers(c: Reader, live: Collection[str] = ()) -> dict[str, float]:
   """Returns {path in the config: value} of what is an argument of the compiled step.
 
-  A decay of 0 is none: the program without it is shorter. It is one where it is `live`, so that all values of a sweep
-  have one program.
+  A decay, smoothing or z-loss of 0 is none: the program without it is shorter. It is one where it is `live`, so that
+  all values of a sweep have one program.
   """
   values = {path: float(_at(c, path)) for path in (*TRACED, *TRACED_IN_SWEEPS)}
   lr, decay = values["optimizer.lr"], values["optimizer.decay"]
   if lr < 0 or decay < 0:
     raise InputError(f"config: optimizer.lr={lr} and optimizer.decay={decay} must not be negative.")
-  wanted = {"optimizer.lr", "optimizer.eps", *live} | ({"optimizer.decay"} if decay else set())
+  smoothing, z = values["loss.label_smoothing"], values["loss.z_loss"]
+  if not 0 <= smoothing < 1 or z < 0:
+    raise InputError(
+      f"config: loss.label_smoothing={smoothing} is a share, at least 0 and below 1; loss.z_loss={z} is not negative."
+    )
+  wanted = {"optimizer.lr", "optimizer.eps", *live, *(path for path in TRACED if values[path])}
   return {path: x for path, x in values.items() if path in wanted}
 
 
@@ -247,25 +265,25 @@ def program(c: Reader, m: modeling.Model, data: cache.Store, steps: int, names: 
   trainable = trees.trainable(c.trainable, m.skeleton.shapes, m.skeleton.axes)
   fields = ("name", "schedule", "warmup", "cooldown", "end", "clip", "decay_rules", "lr_rules", "layer_decay",
             "toward_init")  # fmt: skip
-  free = [path for path in (*TRACED, *TRACED_IN_SWEEPS) if path not in names]
+  free = {path: _at(c, path) for path in (*TRACED, *TRACED_IN_SWEEPS) if path not in names}
   how = dict(
-    {n: getattr(c.optimizer, n) for n in fields} | {path.split(".")[-1]: _at(c, path) for path in free},
+    {n: getattr(c.optimizer, n) for n in fields} | _group("optimizer", free),
     unfreeze=c.unfreeze,
     steps=steps,
     shapes=m.skeleton.shapes,
     axes=m.skeleton.axes,
     trainable=trainable,
   )
-  made = lambda given: optimizer.make(**how, **{path.split(".")[-1]: x for path, x in given.items()})
+  made = lambda given: optimizer.make(**how, **_group("optimizer", given))
   tx, _ = made(dict.fromkeys(names, 0.5))  # its state and what it refuses do not depend on the numbers
   abstract = step.abstract_state(m.skeleton.shapes, m.shardings, tx, trainable)
   micro, pins = c.micro, step.shardings_of(abstract.params)
 
   def one(skeleton):
-    of = loss(c, skeleton, data)
-    return lambda state, batch, given: step.make_train_step(of, *made(given), micro, trainable=trainable, pins=pins)(
-      state, batch
-    )
+    of = loss(c, skeleton, data, names)
+    return lambda state, batch, given: step.make_train_step(
+      of(given), *made(given), micro, trainable=trainable, pins=pins
+    )(state, batch)
 
   jitted = step.jit_train_step(one(m.skeleton), m.mesh, m.rules, abstract, hyper=True)
   return Program(jitted, one(m.plain), abstract, tx, steps, names, {})

@@ -132,7 +132,9 @@ def test_training_leaves_what_it_promises(finished):
   assert "lock.json" not in there
   assert [int(p.name) for p in checkpoints(finished)] == [12, 6, 9], "the best, which is step 6, and the latest two"
   assert json.loads((finished / "done.json").read_text()) == dict(ended="done", step=12)
-  assert json.loads((finished / "model" / "task.json").read_text()) == dict(inputs=["up: {lower}"]), "what decode takes"
+  assert json.loads((finished / "model" / "task.json").read_text()) == dict(
+    inputs=["up: {lower}"], pairs=[""]
+  ), "what decode takes"
 
 
 def test_same_command_again_changes_nothing(folder, finished):

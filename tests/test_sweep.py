@@ -229,13 +229,16 @@ def test_a_negative_rate_is_refused():
 
 def test_numbers_that_are_arguments_and_those_that_are_not():
   c = config.Reader(tiny())
-  assert setup.numbers(c) == {"optimizer.lr": 3e-3, "optimizer.eps": 1e-8, "optimizer.decay": 0.01}
+  plain = {"optimizer.lr": 3e-3, "optimizer.eps": 1e-8, "optimizer.decay": 0.01}
+  assert setup.numbers(c) == plain | {"loss.label_smoothing": 0.03, "loss.z_loss": 1e-4}
   c = tiny()
-  c.optimizer.decay = 0.0
-  assert "optimizer.decay" not in setup.numbers(config.Reader(c)), "a shorter program"
-  assert {"optimizer.decay", "optimizer.b2"} <= setup.numbers(
-    config.Reader(c), ("optimizer.b2", "optimizer.decay")
-  ).keys()
+  c.optimizer.decay = c.loss.label_smoothing = 0.0
+  off = {"optimizer.decay", "loss.label_smoothing"}
+  assert not off & setup.numbers(config.Reader(c)).keys(), "a shorter program"
+  assert {*off, "optimizer.b2"} <= setup.numbers(config.Reader(c), ("optimizer.b2", *off)).keys()
+  c.loss.label_smoothing = 1.0
+  with pytest.raises(InputError, match="label_smoothing=1.0 is a share"):
+    setup.numbers(config.Reader(c))
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])

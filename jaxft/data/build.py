@@ -76,8 +76,10 @@ class Job:
   """What the worker processes are given once."""
 
   encoder: Any  # of encoders.py
+  target_encoder: Any  # of texts that the model writes; mostly the same
   bos: int | None
   eos: int | None
+  last: list[int]  # that mark the end of a text, EOS among them
   options: Options
   dtype: str
   task: Task
@@ -327,5 +329,5 @@ def _count(meta: dict, e: Encoded, job: Job) -> None:
   objective = job.task.objective
   if objective.ends and job.eos is not None:
     side = e.ragged[objective.ends]
-    meta["eos_last"] += int((side.values[np.cumsum(side.lengths) - 1] == job.eos).sum())
+    meta["eos_last"] += int(np.isin(side.values[np.cumsum(side.lengths) - 1], job.last).sum())
   meta["largest"] = max(meta["largest"], *(int(e.ragged[s].values.max()) for s in objective.held))

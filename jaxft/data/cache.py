@@ -24,7 +24,7 @@ from jaxft.data.tokens import Tokenizer
 from jaxft.data.writer import storage
 from jaxft.errors import InputError
 
-VERSION = 4  # of the files of a store and of everything that decides their content
+VERSION = 5  # of the files of a store and of everything that decides their content
 
 log = logging.getLogger("jaxft")
 
@@ -108,7 +108,8 @@ def _build(base, folder, source, tokenizer, task, clean, template, names, limit,
     fresh.mkdir()
   try:
     dtype = "uint16" if tokenizer.size <= 65536 else "int32"
-    job = Job(tokenizer.encoder, tokenizer.bos, tokenizer.eos, clean, dtype, task, template, parts["lengths"])
+    job = Job(tokenizer.encoder, tokenizer.target_encoder, tokenizer.bos, tokenizer.eos, sorted(tokenizer.last), clean,
+              dtype, task, template, parts["lengths"])  # fmt: skip
     meta = build(fresh, source, job, labels=names, limit=limit, workers=workers)
     with storage(fresh):
       meta |= dict(
@@ -117,7 +118,7 @@ def _build(base, folder, source, tokenizer, task, clean, template, names, limit,
         pad=tokenizer.pad,
         bos=tokenizer.bos,
         eos=tokenizer.eos,
-        last=sorted({tokenizer.eos, tokenizer.sep} - {None}),
+        last=job.last,
         files={f.name: f.stat().st_size for f in fresh.iterdir()},
       )
       (fresh / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str))

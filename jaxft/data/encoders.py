@@ -147,6 +147,13 @@ def _needs_fast(what: str) -> InputError:
   )
 
 
+class Targets(Slow):
+  """The texts to be written of a tokenizer that encodes them otherwise than those to be read (Marian)."""
+
+  def encode(self, texts):
+    return self.hf(text_target=list(texts), truncation=False, padding=False)["input_ids"] if texts else []
+
+
 class Bytes(Slow):
   """ByT5: id = byte + 3, then EOS. A text that spells a special token (`</s>`, `<extra_id_0>`) goes to transformers,
   and so do pairs.

@@ -18,8 +18,8 @@ def _render_pair(task: Any, row: dict, fix: Callable[[str], str], where: str, te
 
 
 def _encode_pair(examples, job) -> Columns:
-  sides = dict(zip(("inputs", "targets"), zip(*(e.parts for e in examples)) if examples else ((), ())))
-  return Columns({name: job.encoder.encode(list(texts)) for name, texts in sides.items()})
+  inputs, targets = zip(*(e.parts for e in examples)) if examples else ((), ())
+  return Columns(dict(inputs=job.encoder.encode(list(inputs)), targets=job.target_encoder.encode(list(targets))))
 
 
 def _both(task) -> bool:

@@ -3,6 +3,7 @@
 The values do not depend on the batch size, on padding or on the number of hosts: sums over all tokens, one division.
 """
 
+import functools
 import json
 import logging
 import math
@@ -45,19 +46,20 @@ class LossEvaluator:
     mesh: jax.sharding.Mesh,
     rules: Mapping[str, Any],
     progress: Callable[[], Progress],
-    counts: Mapping[str, int] | None = None,
+    counts: Callable[[], Mapping[str, int]] | None = None,
   ):
     """`batches` is one pass without shuffling, of `whole_batch` rows; loss_fn(model, batch, key) -> loss, weight, sums.
 
     The sums have "nll" (plain cross-entropy) and "correct", as those of train.losses, and with a second task beside it
     "nsp", "nsp_correct" and "nsp_weight", which become nsp_loss and nsp_accuracy. `progress` gives what is told how
-    far a run is. `counts` are the words and bytes, {"words": n, "bytes": n}, of the text whose tokens the loss predicts
-    (causal models): of what the batches hold, after truncation.
+    far a run is. `counts` gives the words and bytes, {"words": n, "bytes": n}, of the text whose tokens the loss
+    predicts (see `count_text`); it is called once, when they are needed.
     """
     self.name, self.every = name, every
     self._skeleton, self._batches, self._loss_fn, self._mesh, self._rules = skeleton, batches, loss_fn, mesh, rules
-    self._progress, self._counts = progress, counts
-    self.gives = (*scores.perplexities(0.0, 1.0, counts), "accuracy", "tokens")
+    self._progress, self._counts = progress, functools.cache(counts) if counts else lambda: None
+    example = dict(words=1, bytes=1) if counts else None
+    self.gives = (*scores.perplexities(0.0, 1.0, example), "accuracy", "tokens")
     self._rows = sharding.batch_sharding(mesh, rules)
     self._step = jax.jit(self._sums, out_shardings=sharding.replicated(mesh))
 
@@ -84,11 +86,37 @@ class LossEvaluator:
       raise InputError(
         f"eval/{self.name}: not one supervised token in {self._batches.steps(1)} batches; is the evaluation data empty?"
       )
-    out = scores.perplexities(total["nll"], total["weight"], self._counts)
+    out = scores.perplexities(total["nll"], total["weight"], self._counts())
     out |= dict(accuracy=total["correct"] / total["weight"], tokens=total["weight"])
     if "nsp_weight" in total:
       out |= {f"nsp_{n}": total[k] / total["nsp_weight"] for n, k in (("loss", "nsp"), ("accuracy", "nsp_correct"))}
     return out
+
+
+def count_text(store, decode: Callable[[list], list[str]]) -> dict[str, int]:
+  """Returns words and bytes of the text that the model is to write: targets, answers, or documents, as cut.
+
+  `decode` turns lists of ids into texts without special tokens. Of a document's piece what is given (`store.context`)
+  is taken off, so that the space before the first predicted word counts.
+  """
+  total = dict.fromkeys(("words", "bytes"), 0)
+
+  def add(ids: list, sign: int) -> None:
+    for text in decode(ids):
+      for name, n in scores.count_text(text).items():
+        total[name] += sign * n
+
+  for begin in range(0, len(store), 4096):
+    ids = range(begin, min(begin + 4096, len(store)))
+    if "weights" in store.aligned:
+      weights = [store.gather("weights", np.array([i])) for i in ids]
+      add([store.tokens("inputs", i)[w > 0] for i, w in zip(ids, weights)], 1)
+    elif "targets" in store.sides:
+      add([store.tokens("targets", i) for i in ids], 1)
+    else:
+      add([store.tokens("inputs", i) for i in ids], 1)
+      add([store.tokens("inputs", i)[: store.context[i]] for i in ids], -1)
+  return {k: max(1, n) for k, n in total.items()}
 
 
 def answer_length(store, margin: float = 0.25) -> int:

@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.data import clean, lm, tasks
+from jaxft.data import clean, labels, lm, tasks
+from jaxft.data import templates as templates_
 from jaxft.errors import InputError
-from jaxft.infer import parts
-from jaxft.infer.generate import Answer, Generator
+from jaxft.infer import engine, parts
+from jaxft.infer.generate import Whole
 
 log = logging.getLogger("jaxft")
 
@@ -49,7 +50,7 @@ class Report:
 
 
 def decode(
-  generator: Generator,
+  worker: engine.Engine,
   params,
   rows: Iterable[Mapping[str, Any]],
   output: str | os.PathLike,
@@ -75,8 +76,8 @@ def decode(
   if too_long not in ("error", "truncate"):
     raise InputError(f"decode: too_long is {too_long!r}; it is 'error' or 'truncate'.")
   ids, texts, errors = _render(rows, render)
-  tokens = _tokenise(generator, texts, errors, inputs_length, too_long)
-  manifest = dict(about) | _manifest(generator, params, ids, texts, errors, seed, inputs_length, too_long, scores)
+  tokens = _tokenise(worker, texts, errors, inputs_length, too_long)
+  manifest = dict(about) | _manifest(worker, params, ids, texts, errors, seed, inputs_length, too_long, scores)
   with contextlib.closing(parts.open_output(pathlib.Path(output), ids, manifest, overwrite)) as writer:
     done = writer.done
     resumed, total, cut = int(done.sum()), len(ids), 0
@@ -84,19 +85,13 @@ def decode(
     todo = [i for i in range(total) if not done[i] and i not in errors]
     count = total - len(todo)
     progress(count, total)
-    for positions, answers in generator.stream(
-      params, [tokens[i] for i in todo], seed=seed, ids=[ids[i] for i in todo]
-    ):
-      writer.write([_record(ids[todo[p]], a, scores) for p, a in zip(positions, answers)])
+    for positions, answers in worker.stream(params, [tokens[i] for i in todo], seed=seed, ids=[ids[i] for i in todo]):
+      writer.write([dict(id=ids[todo[p]], **a.record(scores)) for p, a in zip(positions, answers)])
       cut += sum(any(a.cut) for a in answers)
       count += len(positions)
       progress(count, total)
     writer.finish()
   return Report(total, resumed, len(errors), cut, time.monotonic() - begun)
-
-
-class Whole(str):
-  """A text that has its special tokens already, as chat templates write them; none are added."""
 
 
 def renderer(
@@ -116,7 +111,34 @@ def renderer(
   return render
 
 
-def _render(rows, render) -> tuple[list, list[str], dict[int, str]]:
+def label_renderer(
+  templates: Sequence[tuple[Any, Any]], fix: Callable[[str], str], *, words: bool
+) -> Callable[[Mapping[str, Any]], Any]:
+  """As `renderer`, for models that label: templates of a text and of the one beside it ("": none).
+
+  What it gives is a text, two of them, or with `words` a list of words.
+  """
+
+  def one(row: Mapping[str, Any], template: Any, pair: Any, where: str) -> Any:
+    if words:
+      found = labels.read_words(templates_.value(template, "input", row, fix, where), "the words", where)
+      return [labels.word(w, fix, where) for w in found or []]
+    texts = tuple(tasks.render_input([t], row, fix, where) for t in (template, pair) if t)
+    return texts if pair else texts[0]
+
+  def render(row: Mapping[str, Any]) -> Any:
+    where, problems = getattr(row, "where", "this row"), []
+    for template, pair in templates:
+      try:
+        return one(row, template, pair, where)
+      except InputError as e:
+        problems.append(e)
+    raise problems[0]
+
+  return render
+
+
+def _render(rows, render) -> tuple[list, list, dict[int, str]]:
   """Returns (ids, texts, {position: why there is no text}); raises InputError for bad ids, and if no row has a text."""
   ids, texts, errors, named = [], [], {}, 0
   for i, row in enumerate(rows):
@@ -131,7 +153,7 @@ def _render(rows, render) -> tuple[list, list[str], dict[int, str]]:
       raise InputError(f"decode: row {i + 1}: the id {ids[i]!r} is neither a string nor a whole number.")
     try:
       texts.append(render(row))
-      texts[-1].encode()
+      "".join(texts[-1]).encode()
     except (InputError, UnicodeEncodeError) as e:  # half a surrogate pair, which JSON can hold and UTF-8 cannot
       texts[i:] = [""]
       errors[i] = clean.SURROGATE if isinstance(e, UnicodeEncodeError) else str(e)
@@ -150,16 +172,12 @@ def _render(rows, render) -> tuple[list, list[str], dict[int, str]]:
 
 
 def _tokenise(
-  generator: Generator, texts: list[str], errors: dict[int, str], limit: int, too_long: str
+  worker: engine.Engine, texts: list, errors: dict[int, str], limit: int, too_long: str
 ) -> list[np.ndarray]:
-  """Returns i32 tokens a row; `errors` gets the rows that are too long or empty. A cut row keeps its end token."""
+  """Returns the tokens of each row; `errors` gets rows that are too long or empty. A cut row keeps its end token."""
   out: list[np.ndarray] = []
   for begin in range(0, len(texts), 4096):
-    some = texts[begin : begin + 4096]
-    own = generator.tokenizer.encode([t for t in some if not isinstance(t, Whole)])
-    whole = [t for t in some if isinstance(t, Whole)]
-    both = iter(own), iter(generator.tokenizer.encode_whole(whole) if whole else ())
-    out += [np.asarray(next(both[isinstance(t, Whole)]), np.int32) for t in some]
+    out += worker.encode(texts[begin : begin + 4096])
   for i, row in enumerate(out):
     if i in errors:
       continue
@@ -172,35 +190,23 @@ def _tokenise(
   return out
 
 
-def _record(name: Any, answer: Answer, scores: bool) -> dict:
-  one = (lambda x: x[0]) if len(answer.texts) == 1 else list
-  record = dict(id=name, output=one(answer.texts))
-  if scores:
-    finite = [s if np.isfinite(s) else None for s in answer.scores]
-    record |= dict(score=one(finite), cut=one(answer.cut))
-  return record
-
-
 # ---- what decides the outputs
 
 
 def _manifest(
-  generator: Generator, params, ids, texts, errors, seed, inputs_length, too_long, scores
+  worker: engine.Engine, params, ids, texts, errors, seed, inputs_length, too_long, scores
 ) -> dict[str, Any]:
   digest = hashlib.blake2b(digest_size=16)
   for i, (name, text) in enumerate(zip(ids, texts)):
     digest.update(json.dumps([name, text, i in errors]).encode())
-  options = {f"options.{k}": v for k, v in dataclasses.asdict(generator.options).items()}
-  if generator.options.temperature > 0:
-    options["seed"] = seed
-  return options | dict(
+  return worker.settings(seed) | dict(
     input=digest.hexdigest(),
     rows=len(ids),
     weights=checksum(params),
     inputs_length=inputs_length,
     too_long=too_long,
     scores=scores,
-    tokenizer=generator.tokenizer.fingerprint,
+    tokenizer=worker.tokenizer.fingerprint,
   )
 
 

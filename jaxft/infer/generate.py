@@ -8,18 +8,16 @@ Shapes: B rows, T input length, K sequences a row that run, R sequences a row th
 new tokens.
 """
 
-import collections
-import math
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import sharding
 from jaxft.errors import InputError, NumbersError
-from jaxft.infer import beam, sampling
+from jaxft.infer import beam, engine, sampling
 from jaxft.infer.options import Options
 
 
@@ -119,39 +117,26 @@ class Answer(NamedTuple):
   lengths: list[int]  # tokens, with the end token
   cut: list[bool]  # stopped by the length limit
 
+  def record(self, scores: bool) -> dict[str, Any]:
+    """Returns the fields of its line in the output of a batch decode."""
+    one = (lambda x: x[0]) if len(self.texts) == 1 else list
+    if not scores:
+      return dict(output=one(self.texts))
+    finite = [s if np.isfinite(s) else None for s in self.scores]
+    return dict(output=one(self.texts), score=one(finite), cut=one(self.cut))
 
-def bucket(n: int) -> int:
-  """Returns the smallest of 16, 24, 32, 48, 64, 96, ... that is at least n: above 16, at most a third is padding."""
-  size = 16
-  while size < n:
-    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-  return size
+
+class Whole(str):
+  """A text that has its special tokens already, as chat templates write them; none are added."""
 
 
-class Generator:
-  """Generates for lists of rows: sorted by length, in batches of one compiled shape a length bucket.
+class Generator(engine.Engine):
+  """Generates for lists of rows, see `engine.Engine`."""
 
-  One batch computes while the one before it is turned into text. With several hosts every host makes the same calls
-  with the same rows, computes its share of each batch (rows lie along the mesh's batch axes), and gets all answers.
-  """
-
-  def __init__(
-    self,
-    skeleton,
-    tokenizer,
-    options: Options,
-    *,
-    batch: int,
-    mesh: jax.sharding.Mesh | None = None,
-    rules: dict | None = None,
-  ):
-    """`batch` counts rows over all devices, rounded up to what the mesh's batch axes need; no `mesh`: one device."""
-    self.skeleton, self.tokenizer, self.options = skeleton, tokenizer, options
-    self._mesh, self._rules = mesh, rules
-    self._rows = sharding.batch_sharding(mesh, rules) if mesh is not None else None
-    self._shards = math.prod(mesh.shape[a] for a in sharding.mesh_axes(mesh, rules, "batch")) if mesh is not None else 1
-    self._batch = -(-batch // self._shards) * self._shards
-    self._jitted = jax.jit(self._traced, out_shardings=sharding.replicated(mesh) if mesh is not None else None)
+  def __init__(self, skeleton, tokenizer, options: Options, **where):
+    """`where` are batch, mesh and rules of an `engine.Engine`."""
+    super().__init__(skeleton, tokenizer, **where)
+    self.options = options
 
   def _traced(self, params, inputs_BT, segments_BT, keys_B2) -> Generated:
     return generate(self.skeleton.bind(params), inputs_BT, segments_BT, keys_B2, self.options)
@@ -170,14 +155,19 @@ class Generator:
         answers[p] = answer
     return answers
 
-  def stream(
-    self, params, rows: Sequence[Sequence[int]], *, seed: int = 0, ids: Sequence[object] | None = None
-  ) -> Iterator[tuple[list[int], list[Answer]]]:
-    """Yields (positions in `rows`, their Answers) a batch, longest rows first: a lack of memory shows at once."""
-    ids = range(len(rows)) if ids is None else ids
-    lengths = np.fromiter((len(r) for r in rows), np.int64, len(rows))
-    if len(rows) and lengths.min() == 0:
-      raise InputError(f"generation: input {ids[int(lengths.argmin())]!r} has no tokens at all; leave it out.")
+  def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns i32[n] a text; one that is `Whole` gets no special tokens."""
+    own = self.tokenizer.encode([t for t in texts if not isinstance(t, Whole)])
+    whole = [t for t in texts if isinstance(t, Whole)]
+    both = iter(own), iter(self.tokenizer.encode_whole(whole) if whole else ())
+    return [np.asarray(next(both[isinstance(t, Whole)]), np.int32) for t in texts]
+
+  def settings(self, seed: int) -> dict[str, Any]:
+    """Returns what decides the answers besides weights, tokenizer and rows."""
+    out = {f"options.{k}": v for k, v in dataclasses.asdict(self.options).items()}
+    return out | (dict(seed=seed) if self.options.temperature > 0 else {})
+
+  def _check(self, rows: Sequence[Sequence[int]], lengths: np.ndarray, ids) -> None:
     largest, vocab = np.fromiter((max(r) for r in rows), np.int64, len(rows)), self.skeleton.generation["vocab"]
     if (largest >= vocab).any():
       raise InputError(
@@ -185,18 +175,6 @@ class Generator:
         f"vocabulary has {vocab} entries: this is the tokenizer of another model."
       )
     self._check_positions(lengths, ids)
-    order = np.argsort(-lengths, kind="stable")
-    size = min(self._batch, -(-max(len(rows), 1) // self._shards) * self._shards)
-    waiting: collections.deque = collections.deque()
-    for begin in range(0, len(rows), size):
-      positions = order[begin : begin + size].tolist()
-      waiting.append(
-        (positions, self._dispatch(params, [rows[p] for p in positions], [ids[p] for p in positions], seed, size))
-      )
-      if len(waiting) > 1:
-        yield self._collect(*waiting.popleft(), ids)
-    while waiting:
-      yield self._collect(*waiting.popleft(), ids)
 
   def _check_positions(self, lengths: np.ndarray, ids) -> None:
     """Raises InputError where what is read, and by a decoder read and written, has more tokens than positions."""
@@ -212,17 +190,13 @@ class Generator:
       )
 
   def _dispatch(self, params, rows, ids, seed: int, size: int) -> Generated:
-    T = bucket(max(map(len, rows)))
+    T = engine.bucket(max(map(len, rows)))
     inputs_BT, keys_B2 = np.full((size, T), self.options.pad, np.int32), np.zeros((size, 2), np.uint32)
     segments_BT = np.zeros((size, T), np.int32)
     for i, row in enumerate(rows):
       inputs_BT[i, : len(row)], segments_BT[i, : len(row)] = row, 1
     keys_B2[: len(rows)] = sampling.row_keys(seed, ids)
-    if self._mesh is None:
-      return self._jitted(params, inputs_BT, segments_BT, keys_B2)
-    place = lambda x: jax.make_array_from_callback(x.shape, self._rows, lambda index: x[index])
-    with sharding.use(self._mesh, self._rules):
-      return self._jitted(params, place(inputs_BT), place(segments_BT), place(keys_B2))
+    return self._run(params, inputs_BT, segments_BT, keys_B2)
 
   def _collect(self, positions: list[int], out: Generated, ids) -> tuple[list[int], list[Answer]]:
     tokens_BRL, scores_BR, lengths_BR, cut_BR = (np.asarray(x)[: len(positions)] for x in out)

@@ -119,7 +119,7 @@ def test_loss_by_hand_and_in_any_batch(model):
 
 
 def test_loss_of_words_and_bytes(model):
-  plain, values = run(model, 8, True, 1), run(model, 8, True, 1, counts=dict(words=30, bytes=170))
+  plain, values = run(model, 8, True, 1), run(model, 8, True, 1, counts=lambda: dict(words=30, bytes=170))
   nll = plain["loss"] * plain["tokens"]
   want = dict(plain, word_perplexity=math.exp(nll / 30), byte_perplexity=math.exp(nll / 170))
   assert values == pytest.approx(dict(want, bits_per_byte=math.log2(want["byte_perplexity"])))

@@ -21,7 +21,7 @@ import pytest
 from jaxft.data import clean
 from jaxft.errors import InputError, StorageError
 from jaxft.infer import batch_decode, options, parts
-from jaxft.infer.generate import Answer
+from jaxft.infer.generate import Answer, Generator
 
 
 class Upper:
@@ -33,6 +33,9 @@ class Upper:
       encode=lambda ts: [[ord(c) for c in t] + [1] if t else [] for t in ts], fingerprint="f"
     )
     self.pause, self.seen = pause, []
+
+  encode = lambda self, texts: Generator.encode(self, texts)
+  settings = lambda self, seed: Generator.settings(self, seed)
 
   def stream(self, params, rows, *, seed, ids):
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))

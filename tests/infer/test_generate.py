@@ -17,7 +17,7 @@ import tiny
 
 from jaxft import sharding
 from jaxft.errors import InputError, NumbersError
-from jaxft.infer import generate, options
+from jaxft.infer import engine, generate, options
 
 GOLDENS = json.loads((pathlib.Path(__file__).parent.parent / "goldens" / "generate.json").read_text())
 
@@ -211,6 +211,6 @@ def test_generator_refuses():
 
 
 def test_buckets_waste_little():
-  sizes = sorted({generate.bucket(n) for n in range(1, 4097)})
+  sizes = sorted({engine.bucket(n) for n in range(1, 4097)})
   assert sizes == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
-  assert all(n <= generate.bucket(n) < max(17, 1.5 * n) for n in range(1, 4097))
+  assert all(n <= engine.bucket(n) < max(17, 1.5 * n) for n in range(1, 4097))

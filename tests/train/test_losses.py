@@ -41,6 +41,17 @@ def test_value_and_gradient_equal_autodiff_of_the_formula(e, z):
   np.testing.assert_allclose(grad, want_grad, atol=2e-6)
 
 
+def test_numbers_may_be_arguments_of_the_program():
+  """As in a sweep: one program for all values, 0 among them."""
+  logits, labels, weights = data()
+  run = jax.value_and_grad(lambda x, e, z: losses.weighted(x, labels, weights, label_smoothing=e, z_loss=z)[0])
+  one = jax.jit(run)
+  for e, z in ((0.0, 0.0), (0.13, 0.0), (0.0, 3e-3), (0.2, 1e-2)):
+    for a, b in zip(one(logits, e, z), run(logits, e, z)):
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+  assert one._cache_size() == 1
+
+
 def test_sums():
   logits, labels, weights = data()
   labels[0, 0], labels[1, 2] = logits[0, 0].argmax(), logits[1, 2].argmax()

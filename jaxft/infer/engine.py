@@ -1,0 +1,78 @@
+"""Engines: what runs a model over many rows that are there already, for files and for evaluation."""
+
+import collections
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import sharding
+from jaxft.errors import InputError
+
+
+def bucket(n: int) -> int:
+  """Returns the smallest of 16, 24, 32, 48, 64, 96, ... that is at least n: above 16, at most a third is padding."""
+  size = 16
+  while size < n:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+  return size
+
+
+class Engine:
+  """Runs over lists of rows: sorted by length, in batches of one compiled shape a length bucket.
+
+  One batch computes while the one before it is turned into answers. With several hosts every host makes the same calls
+  with the same rows, computes its share of each batch (rows lie along the mesh's batch axes), and gets all answers.
+
+  A kind of engine has encode(texts) -> rows, settings(seed), `_traced(params, *arrays)`, which is compiled, `_check`,
+  `_dispatch`, which makes the arrays and calls `_run`, and `_collect`, which makes answers of what comes back. An
+  answer has `cut`, a list of bool, and record(scores).
+  """
+
+  def __init__(
+    self,
+    skeleton,
+    tokenizer,
+    *,
+    batch: int,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Mapping[str, Any] | None = None,
+  ):
+    """`batch` counts rows over all devices, rounded up to what the mesh's batch axes need; no `mesh`: one device."""
+    self.skeleton, self.tokenizer = skeleton, tokenizer
+    self._mesh, self._rules = mesh, rules
+    self._rows = sharding.batch_sharding(mesh, rules) if mesh is not None else None
+    self._shards = math.prod(mesh.shape[a] for a in sharding.mesh_axes(mesh, rules, "batch")) if mesh is not None else 1
+    self._batch = -(-batch // self._shards) * self._shards
+    self._jitted = jax.jit(self._traced, out_shardings=sharding.replicated(mesh) if mesh is not None else None)
+
+  def stream(
+    self, params, rows: Sequence[Sequence], *, seed: int = 0, ids: Sequence[object] | None = None
+  ) -> Iterator[tuple[list[int], list]]:
+    """Yields (positions in `rows`, their answers) a batch, longest rows first: a lack of memory shows at once."""
+    ids = range(len(rows)) if ids is None else ids
+    lengths = np.fromiter((len(r) for r in rows), np.int64, len(rows))
+    if len(rows) and lengths.min() == 0:
+      raise InputError(f"generation: input {ids[int(lengths.argmin())]!r} has no tokens at all; leave it out.")
+    self._check(rows, lengths, ids)
+    order = np.argsort(-lengths, kind="stable")
+    size = min(self._batch, -(-max(len(rows), 1) // self._shards) * self._shards)
+    waiting: collections.deque = collections.deque()
+    for begin in range(0, len(rows), size):
+      positions = order[begin : begin + size].tolist()
+      waiting.append(
+        (positions, self._dispatch(params, [rows[p] for p in positions], [ids[p] for p in positions], seed, size))
+      )
+      if len(waiting) > 1:
+        yield self._collect(*waiting.popleft(), ids)
+    while waiting:
+      yield self._collect(*waiting.popleft(), ids)
+
+  def _run(self, params, *arrays: np.ndarray) -> Any:
+    if self._mesh is None:
+      return self._jitted(params, *arrays)
+    place = lambda x: jax.make_array_from_callback(x.shape, self._rows, lambda index: x[index])
+    with sharding.use(self._mesh, self._rules):
+      return self._jitted(params, *map(place, arrays))

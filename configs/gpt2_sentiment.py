@@ -17,8 +17,10 @@ def get_config(arg: str = ""):
   c.optimizer.update(lr=5e-5, warmup=0.06, decay=0.01)
   if arg in ("words", "tiny-words"):
     c.task.update(kind="sft", input=f"{{{text}}}\nsentiment:", target=" {label}")
-    c.evals = dict(words=dict(config.EVAL["generate"], every=500, length=16, metrics=("exact_match",)))
-    c.save.update(best="eval/words/exact_match", mode="max")
+    words = ("negative", "positive")  # IMDB has 0 and 1
+    c.task.verbalizer = (*enumerate(words), *zip(words, words))
+    c.evals = dict(words=dict(config.EVAL["rank"], every=500, limit=2000))
+    c.save.update(best="eval/words/accuracy", mode="max")
   else:
     c.task.update(kind="classify", input=f"{{{text}}}")
     c.evals = dict(classify=dict(config.EVAL["classify"], every=500, limit=2000))

@@ -61,6 +61,8 @@ EVAL = dict(  # `kind` says which of these it reads; metrics: eval/metrics.py an
     metrics=("sacrebleu", "chrf", "exact_match"),
     samples=8,  # rows written to samples/NAME-STEP.jsonl
   ),
+  # the words of task.verbalizer, the likeliest of which is the answer
+  rank=dict(kind="rank", **_EACH, metrics=("accuracy", "f1_macro"), samples=8),
   classify=dict(kind="classify", **_EACH, metrics=("accuracy", "f1_macro"), samples=8),
   regress=dict(kind="regress", **_EACH, metrics=("pearson", "spearman", "mse"), samples=8),
   tag=dict(kind="tag", **_EACH, metrics=("precision", "recall", "f1", "token_accuracy"), samples=8),
@@ -120,6 +122,7 @@ def _task() -> ConfigDict:
   c.scheme = ""  # tag: iob2, iob1, bilou or none
   c.stride = -1  # causal, qa: tokens that each further piece of a long text repeats; -1: 0, of qa 128
   c.mix = ()  # further pairs (input, target) of templates, one of all taken for a row each epoch
+  c.verbalizer = ()  # seq2seq, sft: (value, word) of each label, such as ((0, "negative"), (1, "positive")), in targets
   c.turns = "all"  # sft, prefix_lm, of a chat: which answers are learnt: all, last, each (in an example of its own)
   c.mask = dict(share=0.15, whole_word=False)  # mlm, mlm_nsp: share of the tokens that is hidden, whole words or not
   c.corruption = dict(density=0.15, span=3.0)  # span_corruption: share of the tokens, mean length of a hidden span

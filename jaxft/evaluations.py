@@ -5,6 +5,8 @@ import logging
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from jaxft import display, kinds, modeling, setup
 from jaxft.config import EVAL, Reader
 from jaxft.data import cache, pipeline, qa, tasks
@@ -41,7 +43,7 @@ def _one(c: Reader, m: modeling.Model, home: pathlib.Path | None, name: str, e: 
       f"config: evals.{name}.data is a dict of parallel files, whose order a config does not keep here; say which "
       f"column is which: task.input='{{{next(iter(e['data']))}}}' and so on."
     )
-  fit = [k for k in EVAL if k == task.kind or (k == "generate" and task.kind in ANSWERS)]
+  fit = [k for k in EVAL if k == task.kind or (k in ("generate", "rank") and task.kind in ANSWERS)]
   fit += ["loss"] if task.kind != "regress" else []  # which has no cross-entropy, and whose own evaluation gives a loss
   if e["kind"] not in fit:
     raise InputError(
@@ -58,15 +60,23 @@ def _one(c: Reader, m: modeling.Model, home: pathlib.Path | None, name: str, e: 
   folder = home / "samples" if home else None
   if e["kind"] == "generate":
     return _generate(m, name, e, data, folder, bar)
+  grader = None
+  if e["kind"] == "rank":
+    data, grader = _ranked(c, m, name, e, data, key)
   once = pipeline.Batches(
     data, seed=0, batch=evaluators.whole_batch(e["batch"], m.mesh, m.rules), lengths=c.data.lengths, pack=c.data.pack,
-    buckets=tuple(c.data.buckets), shuffle=False, dynamic=kinds.dynamic(c, m.tokenizer, training=False))  # fmt: skip
+    buckets=tuple(c.data.buckets), shuffle=False, dynamic=kinds.dynamic(c, m.tokenizer, training=False),
+    every=grader is not None)  # fmt: skip
   more = dict(batches=once, mesh=m.mesh, rules=m.rules, progress=bar)
   told = setup.loss_options(c, data, plain=True)
   if e["kind"] == "loss":
     loss = losses.make(task.kind, told)
     texts = functools.partial(evaluators.count_text, data, m.tokenizer.decode) if task.kind in WRITTEN else None
     return evaluators.LossEvaluator(name, e["every"], skeleton=m.skeleton, loss_fn=loss, counts=texts, **more)
+  if grader is not None:
+    return predict.PredictEvaluator(
+      name, e["every"], predict=lambda p, batch: losses.log_probabilities(task.kind, m.skeleton.bind(p), batch),
+      grader=grader, loss=None, store=data, samples=e["samples"], folder=folder, **more)  # fmt: skip
   out, answers = losses.OUTPUTS[task.kind], None
   if task.kind == "qa":
     answers = functools.partial(qa.answers, n_best=e["n_best"], max_answer_length=e["max_answer_length"])
@@ -75,6 +85,25 @@ def _one(c: Reader, m: modeling.Model, home: pathlib.Path | None, name: str, e: 
     grader=graders.make(task.kind, e["metrics"], labels=m.skeleton.labels, multi=task.multi, decode=answers),
     loss=lambda outputs, batch: losses.of_outputs(task.kind, outputs, batch, told), store=data, samples=e["samples"],
     folder=folder, **more)  # fmt: skip
+
+
+def _ranked(c: Reader, m: modeling.Model, name: str, e: dict, data: cache.Store, key: str) -> tuple[cache.Store, Any]:
+  """Returns (the examples of `data`, each with every word for an answer, what grades them)."""
+  words = list(dict.fromkeys(word for _, word in setup.task(c).verbalizer))
+  if len(words) < 2:
+    raise InputError(
+      f"config: evals.{name} ranks the words of task.verbalizer, which has {len(words)}; give (value, word) of each "
+      "label, such as ((0, 'negative'), (1, 'positive'))."
+    )
+  source = e["data"] or c.data.validation
+  every = setup.store(c, m.tokenizer, source, key, labels=(), limit=e["limit"], mixed=False, ranked=True)
+  right = {data.where(i): data.texts(i)[1] for i in range(len(data))}
+  truth = []
+  for first in range(0, len(every), len(words)):
+    said = [every.texts(first + j)[1] for j in range(len(words))]
+    truth.append(said.index(right[every.where(first)]))
+  segments = "target_segments" if "targets" in every.sides else "input_segments"
+  return every, graders.Ranked(e["metrics"], words, np.array(truth), segments)
 
 
 def _generate(m: modeling.Model, name: str, e: dict, data: cache.Store, folder: pathlib.Path | None, bar: Any) -> Any:

@@ -251,6 +251,7 @@ def _compact(values: Mapping[str, Any]) -> str:
     ("accuracy", "acc {:.3f}"),
     ("learning_rate", "lr {:.3g}"),
     ("target_tokens_per_second", "{:,.0f} target tok/s"),
+    ("examples_per_second", "{:,.1f} examples/s"),
     ("tokens_per_second", "{:,.0f} tok/s"),
   ):
     if values.get(name) is not None:
@@ -304,8 +305,9 @@ class Meter:
   FLOPs and `peak` FLOP/s are those of all devices together; 0 means unknown, and then MFU is None.
   """
 
-  def __init__(self, *, peak: float):
-    self._peak = peak
+  def __init__(self, *, peak: float, unit: str = "target_tokens"):
+    """`unit` is what a loss is divided by: target_tokens or examples."""
+    self._peak, self._unit = peak, unit
     self._tokens: dict[int, tuple[float, float]] = {}  # step -> (real, padded), noted when its batch was made
     self.reset()
 
@@ -319,7 +321,7 @@ class Meter:
     self._wait += waited
 
   def done(self, step: int, target: float, flops: float) -> None:
-    """Notes that `step` has left the device, with its target tokens and FLOPs."""
+    """Notes that `step` has left the device, with its target tokens (or examples) and FLOPs."""
     real, padded = self._tokens.pop(step, (0.0, 0.0))
     self._steps += 1
     self._real += real
@@ -338,10 +340,9 @@ class Meter:
     """Returns rates since the last `reset`, with the seconds that `left` steps will take, and starts again."""
     seconds = self.seconds()
     step_time = seconds / max(self._steps, 1)
-    out = dict(
+    out = {f"{self._unit}_per_second": self._target / seconds} | dict(
       tokens_per_second=self._real / seconds,
       padded_tokens_per_second=self._padded / seconds,
-      target_tokens_per_second=self._target / seconds,
       step_time=step_time,
       data_wait=min(self._wait / seconds, 1.0),
       mfu=self._work / seconds / self._peak if self._work and self._peak else None,

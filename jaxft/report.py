@@ -87,6 +87,7 @@ def _panels(rows: Mapping[str, Sequence[Mapping]]) -> list[tuple[str, list[str]]
   rates = ("padded_tokens_per_second", "tokens_per_second", "target_tokens_per_second")
   panels = [("loss", ["loss", *losses])] + [(_metric_title(k), [k]) for k in evals if k not in losses]
   panels += [("gradient norm", ["grad_norm"]), ("learning rate", ["learning_rate"])]
+  panels += [("examples per second", ["examples_per_second"])]
   panels += [("tokens per second", list(rates) if len(rows) == 1 else ["tokens_per_second"]), ("MFU", ["mfu"])]
   panels += [("time waiting for data", ["data_wait"])] if largest.get("data_wait", 0) > 0.05 else []
   return [(name, found) for name, keys in panels if (found := [k for k in keys if k in largest])]

@@ -53,11 +53,12 @@ def cleaning(c: Reader) -> clean.Options:
 
 def store(
   c: Reader, tokenizer: tokens.Tokenizer, source: Any, key: str, *, labels: tuple[str, ...], limit: int = 0,
-  mixed: bool = True,
+  mixed: bool = True, ranked: bool = False,
 ) -> cache.Store:  # fmt: skip
   """Returns the tokenised examples of `source`; `key` names it in messages, `labels` are all it may have ((): any).
 
-  Not `mixed`: each row once, by the first pair of templates, as for evaluation.
+  Not `mixed`: each row once, by the first pair of templates, as for evaluation; `ranked`: once with each word of
+  task.verbalizer for an answer.
   """
   if not source:
     raise InputError(
@@ -67,7 +68,7 @@ def store(
   return cache.open_or_build(
     source,
     tokenizer=tokenizer,
-    task=task(c) if mixed else dataclasses.replace(task(c), mix=()),
+    task=task(c) if mixed else dataclasses.replace(task(c), mix=(), ranked=ranked),
     clean=cleaning(c),
     lengths=kinds.lengths(c),
     too_long=d.too_long,
@@ -318,7 +319,8 @@ def plan(c: Reader, t: Trainer, batches: pipeline.Batches, m: modeling.Model) ->
     "A step takes %s FLOPs; peak of a device %.3g FLOP/s (%s).", " or ".join(f"{w:.3g}" for w in work), peak, source
   )
   return loop.Plan(
-    steps=t.steps, epoch_steps=batches.steps(1), flops=of, peak=peak * jax.device_count(), **out)  # fmt: skip
+    steps=t.steps, epoch_steps=batches.steps(1), flops=of, peak=peak * jax.device_count(),
+    unit="examples" if task(c).kind in losses.OF_EXAMPLES else "target_tokens", **out)  # fmt: skip
 
 
 def feed(m: modeling.Model, batch: int) -> tuple[int, int]:

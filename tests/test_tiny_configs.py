@@ -16,12 +16,13 @@ from jaxft.families import registry
 
 ROOT = pathlib.Path(__file__).parent.parent
 OWN = ("t5", "starter")  # they have tests of their own: the starter weights and tests/test_road.py
-FILES = sorted(f for f in (ROOT / "configs").glob("*.py") if f.stem not in OWN)
+FILES = [(f, "tiny") for f in sorted((ROOT / "configs").glob("*.py")) if f.stem not in OWN]
+FILES.append((ROOT / "configs" / "gpt2_sentiment.py", "tiny-words"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_two_steps(file, tmp_path):
-  c = runpy.run_path(str(file))["get_config"]("tiny")
+@pytest.mark.parametrize("file, name", FILES, ids=lambda x: getattr(x, "stem", x))
+def test_two_steps(file, name, tmp_path):
+  c = runpy.run_path(str(file))["get_config"](name)
   c.steps, c.data.cache, c.log.tensorboard = 2, str(tmp_path / "cache"), False
   c.mesh = dict(data=2, fsdp=-1, tensor=1)
   for e in c.evals.values():

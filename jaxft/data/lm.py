@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxft.data import chat, chat_template
 from jaxft.data.fields import Columns, Example
-from jaxft.data.templates import render
+from jaxft.data.templates import render, render_target
 
 
 def ended(ids: Sequence[int], bos: int | None, eos: int | None) -> list[int]:
@@ -65,7 +65,7 @@ def render_completion(task: Any, row: dict, fix: Callable[[str], str], where: st
     return Example(input, target, None, None, 0, parts)
   row, nulls = chat.prepare(row, where) if task.chats else (row, 0)
   prompt, prompt_chars, more = render(task.input, "input", row, fix, where)
-  answer, answer_chars, most = render(task.target, "target", row, fix, where)
+  answer, answer_chars, most = render_target(task, row, fix, where)
   part = Part(prompt + answer, [(len(prompt), len(prompt) + len(answer))], True, False)
   return Example(prompt, answer, prompt_chars, answer_chars, nulls + more + most, [part])
 

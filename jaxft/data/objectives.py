@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxft.data import chat, classify, columns, hidden, lm, qa, squad, tagging, words
 from jaxft.data.fields import Aligned, Columns, Example, Objective
-from jaxft.data.templates import render
+from jaxft.data.templates import render, render_target
 
 DEFAULTS = (columns.INPUT, columns.TARGET)
 
@@ -13,7 +13,7 @@ DEFAULTS = (columns.INPUT, columns.TARGET)
 def _render_pair(task: Any, row: dict, fix: Callable[[str], str], where: str, template: Any) -> Example:
   row, nulls = chat.prepare(row, where) if task.chats else (row, 0)
   input, input_chars, more = render(task.input, "input", row, fix, where)
-  target, target_chars, most = render(task.target, "target", row, fix, where)
+  target, target_chars, most = render_target(task, row, fix, where)
   return Example(input, target, input_chars, target_chars, nulls + more + most, (input, target))
 
 
@@ -37,8 +37,9 @@ def _texts(example: Example) -> tuple[str, ...]:
 WEIGHTS = Aligned("inputs", "uint8", "weights", "float32")
 TYPES = Aligned("inputs", "uint8", "input_types", "int32")  # only where a tokenizer gives them
 WORDS = Aligned("inputs", "int32", "", "")  # only where task.words
+SAID = ("target", "mix", "verbalizer", "ranked")  # what kinds read that have an answer in words
 SEQ2SEQ = Objective(
-  sides=("inputs", "targets"), options=("target", "mix", "words"), default=_both, resolve=columns.resolve_pair,
+  sides=("inputs", "targets"), options=(*SAID, "words"), default=_both, resolve=columns.resolve_pair,
   render=_render_pair, encode=words.numbered(_encode_pair, lambda e: e.parts[:1]), aligned=dict(words=WORDS),
   ends="targets", weighted=True,
 )  # fmt: skip
@@ -48,7 +49,7 @@ CAUSAL = Objective(
   weighted=True,
 )  # fmt: skip
 SFT = Objective(
-  sides=("inputs",), options=("target", "mix", "turns"), default=_both, resolve=columns.resolve_prompt,
+  sides=("inputs",), options=(*SAID, "turns"), default=_both, resolve=columns.resolve_prompt,
   render=lm.render_completion, encode=lm.encode_completions, aligned=dict(weights=WEIGHTS), ends="inputs", cut="start",
   weighted=True, blank="no part of them is an answer",
 )  # fmt: skip

@@ -36,8 +36,9 @@ class Batches:
   """The batches of a `store.Store`.
 
   `lengths` are the tokens a row, `buckets` shares of them that a batch without packing may be cut to, `balance` one of
-  BALANCES (sampling: an epoch has as many examples of each class), `dynamic` what is done to each batch. Batches have
-  `shapes`, (lengths of the sides) of each bucket, and room for the labels of `segments` examples a row.
+  BALANCES (sampling: an epoch has as many examples of each class), `dynamic` what is done to each batch, `every`
+  whether a row comes with all its variants, not with one that is drawn for each epoch. Batches have `shapes`,
+  (lengths of the sides) of each bucket, and room for the labels of `segments` examples a row.
   """
 
   def __init__(
@@ -52,16 +53,18 @@ class Batches:
     shuffle: bool,
     balance: str = "none",
     dynamic: Dynamic = Dynamic(),  # noqa: B008
+    every: bool = False,
   ):
     _check(store, batch, pack, buckets, balance)
     self.store, self.seed, self.batch, self.pack, self.shuffle = store, seed, batch, pack, shuffle
     self.sides, self.balance, self.dynamic = store.objective.sides, balance, dynamic
+    self._variants = 1 if every else store.variants
     self.lengths = dynamic.lengths_of(store.lengths["inputs"]) if dynamic.lengths_of else store.lengths
     if any(self.lengths[s].max() > lengths[s] for s in self.sides):
       raise ValueError(f"the store was opened for {store.caps}, rows are {lengths}")
     self.shapes = sorted({tuple(layout.shape(lengths[s], b) for s in self.sides) for b in (*buckets, 1.0)})
     self.segments = layout.segments(self.shapes[-1][0], self.lengths[self.sides[0]]) if pack else 1
-    varied = store.variants > 1 or balance != "none"
+    varied = self._variants > 1 or balance != "none"
     self._changing = (pack and shuffle) or (varied and (pack or len(self.shapes) > 1))  # steps differ by epoch
     self._plans: dict[int, Plan] = {}
     self._counts: dict[int, int] = {}
@@ -123,7 +126,7 @@ class Batches:
 
   def _drawn(self, rng: np.random.Generator) -> np.ndarray:
     """Returns the example ids of an epoch, i64[N]: of each row one of its variants, of each class as many."""
-    variants = self.store.variants
+    variants = self._variants
     slots = np.arange(len(self.store) // variants)
     if self.balance == "sampling":
       slots = layout.balanced(self.store.scalar("labels", slots * variants), rng)

@@ -28,6 +28,8 @@ class Task:
   scheme: str = ""  # of tags: one of labels.SCHEMES
   stride: int = -1  # tokens that each further piece of a long text repeats of the one before; -1: 0, qa: see qa.py
   mix: tuple[tuple[Any, Any], ...] = ()  # further pairs of (input, target), one of all taken for a row each epoch
+  verbalizer: tuple[tuple[str, str], ...] = ()  # what the fields of targets may be, and the word in place of each
+  ranked: bool = False  # in place of its own target each row has all those of the verbalizer
   words: bool = False  # whether the words that tokens belong to are stored, for what is done to batches
   turns: str = "all"  # of a chat: which answers are learnt: all, last, each (in an example of its own)
 
@@ -37,8 +39,9 @@ class Task:
       raise InputError(
         f"config: task.kind is {self.kind!r}; the kinds are {', '.join(kinds)}{did_you_mean(self.kind, kinds)}."
       )
-    for name in ("input", "target", "pair", "labels", "mix"):
+    for name in ("input", "target", "pair", "labels", "mix", "verbalizer"):
       object.__setattr__(self, name, _tuples(getattr(self, name)))
+    object.__setattr__(self, "verbalizer", _verbalizer(self.verbalizer))
     object.__setattr__(self, "labels", tuple(map(str, self.labels)))
     for field in dataclasses.fields(self)[2:]:
       if field.name not in self.objective.options and getattr(self, field.name) != field.default:
@@ -91,7 +94,11 @@ class Task:
 
   @functools.cached_property
   def variants(self) -> tuple["Task", ...]:
-    """The task itself, and one with each further pair of templates."""
+    """The task itself, and one with each further pair of templates; `ranked`, one with each word."""
+    if self.ranked:
+      every = lambda word: tuple((value, word) for value, _ in self.verbalizer)
+      words = dict.fromkeys(word for _, word in self.verbalizer)
+      return tuple(dataclasses.replace(self, ranked=False, mix=(), verbalizer=every(w)) for w in words)
     return (self, *(dataclasses.replace(self, input=i, target=t, mix=()) for i, t in self.mix))
 
   @functools.cached_property
@@ -116,6 +123,17 @@ class Task:
 
 def _tuples(value: Any) -> Any:
   return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _verbalizer(given: tuple) -> tuple:
+  if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in given):
+    raise InputError(
+      f"config: task.verbalizer is {given!r}; it is pairs (value, word), such as ((0, 'negative'), (1, 'positive'))."
+    )
+  pairs = tuple((str(value), str(word)) for value, word in given)
+  if len(dict(pairs)) < len(pairs):
+    raise InputError(f"config: task.verbalizer has a value twice: {', '.join(value for value, _ in pairs)}.")
+  return pairs
 
 
 def _pair(pair: Any) -> tuple:

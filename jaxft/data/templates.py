@@ -69,6 +69,23 @@ def render(template, name: str, row: dict, fix: Callable[[str], str], where: str
   return "\n\n".join(pieces), (chars if count else None), nulls
 
 
+def render_target(task: Any, row: dict, fix: Callable[[str], str], where: str) -> tuple[str, int | None, int]:
+  """As `render`, of `task.target`, with the words of `task.verbalizer` in place of values; another one is refused."""
+  words = dict(task.verbalizer)
+
+  def word(text: str) -> str:
+    text = fix(text)
+    if text not in words:
+      known = ", ".join(words)
+      raise InputError(
+        f"{where}: {text!r:.60} is not among the values of task.verbalizer ({known}){did_you_mean(text, words)}. Mend "
+        "or remove the row, or add the value."
+      )
+    return words[text]
+
+  return render(task.target, "target", row, word if words else fix, where)
+
+
 def value(template: str, name: str, row: dict, fix: Callable[[str], str], where: str) -> Any:
   """Returns what a template of one field names, of whatever type it is; else the text that the template gives."""
   parsed = parse(template) if isinstance(template, str) else ()

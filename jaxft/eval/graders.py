@@ -179,6 +179,36 @@ class Tags:
     return Graded(values, notes, wrong, row)
 
 
+class Ranked:
+  """One of C words an example, the likeliest of the examples that differ in their word alone, C in succession.
+
+  From log-probabilities f[B, T] of the tokens of `batch[tokens]`, 0 where they are not the word's; its segments are in
+  `batch[segments]`. `truth` is i[rows], the index of the right word. A word of several tokens has the sum of theirs.
+  """
+
+  def __init__(self, names: Sequence[str], words: Sequence[str], truth: np.ndarray, segments: str):
+    self._names, self.labels, self._truth = scores.expand("classify", names, words), list(words), truth
+    self._segments, self.gives = segments, self._names
+
+  def device(self, output: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return dict(output=output.astype(jnp.float32), segments=batch[self._segments])
+
+  def examples(self, sent: Sent, row: int, ids: Sequence[int]) -> list[Found]:
+    own = [sent["output"][row][sent["segments"][row] == m + 1] for m in range(len(ids))]
+    return [Found(x.astype(np.float64).sum(), np.zeros(0)) for x in own]
+
+  def broken(self, output: np.ndarray) -> bool:
+    return not np.isfinite(output)
+
+  def grade(self, found: Sequence[Found], ids: Sequence[int], store: Any) -> Graded:
+    C = len(self.labels)
+    assert len(found) == C * len(self._truth), "a row is answered from all its words"
+    logits = np.array([f.output for f in found]).reshape(-1, C)
+    found = [Found(x, t) for x, t in zip(logits, self._truth)]
+    graded = Classes(self._names, self.labels).grade(found, [C * i for i in range(len(found))], store)
+    return dataclasses.replace(graded, row=lambda i: dict(graded.row(i), id=i))
+
+
 class Answers:
   """Answers out of a text, from logits f[B, T, 2] of their first and last token.
 

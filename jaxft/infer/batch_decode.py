@@ -123,7 +123,8 @@ def label_renderer(
     if words:
       found = labels.read_words(templates_.value(template, "input", row, fix, where), "the words", where)
       return [labels.word(w, fix, where) for w in found or []]
-    texts = tuple(tasks.render_input([t], row, fix, where) for t in (template, pair) if t)
+    both = (("input", template), ("pair", pair))
+    texts = tuple(templates_.render(t, name, row, fix, where)[0] for name, t in both if t)
     return texts if pair else texts[0]
 
   def render(row: Mapping[str, Any]) -> Any:

@@ -55,6 +55,7 @@ class Plan:
   skip: int  # non-finite steps in a row that are passed over
   flops: Callable[[int], float]
   peak: float
+  unit: str = "target_tokens"  # what the loss is divided by, or "examples"
 
 
 @dataclasses.dataclass
@@ -130,7 +131,7 @@ class _Tail:
   def __init__(self, plan: Plan, observer: observe.Observer, examples: Callable[[int], Sequence[str]], bad: int):
     self._plan, self._observer, self._examples, self._bad, self._bad_steps = plan, observer, examples, bad, []
     self._waiting: collections.deque[tuple[int, Mapping[str, jax.Array]]] = collections.deque()
-    self.meter = observe.Meter(peak=plan.peak)
+    self.meter = observe.Meter(peak=plan.peak, unit=plan.unit)
     self._first = True
 
   def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:

@@ -52,16 +52,34 @@ def next_token(model: Any, batch: dict, key: jax.Array | None, o: Options) -> tu
   `weights` belong to the token that is predicted; the first of a segment is never.
   """
   logits_BTV = model.logits(model.hidden(batch, key))
+  return weighted(logits_BTV, *_later(batch), label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+
+
+def _later(batch: dict) -> tuple[jax.Array, jax.Array]:
+  """Returns (labels, weights), each where the token before it in its segment stands."""
   later = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
   segments = batch["input_segments"]
-  weights = jnp.where(later(segments) == segments, later(batch["weights"]), 0)
-  return weighted(logits_BTV, later(batch["inputs"]), weights, label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+  return later(batch["inputs"]), jnp.where(later(segments) == segments, later(batch["weights"]), 0)
 
 
 def each_token(logits_BTC: jax.Array, batch: dict, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
   """Cross-entropy of `targets` at their own places: labels of words, or what was masked."""
   weights = batch["weights"] * _class_weights(batch["targets"], o)
   return weighted(logits_BTC, batch["targets"], weights, label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+
+
+def log_probabilities(kind: str, model: Any, batch: dict) -> jax.Array:
+  """Returns f32[B, S] of the tokens that a model of `kind` seq2seq, sft or prefix_lm is to write, 0 where none is.
+
+  Of seq2seq they lie where `targets` has them, else each where the token before it stands in `inputs`.
+  """
+  o = Options()
+  if kind == "seq2seq":
+    labels, weights = batch["targets"], batch["weights"]
+  else:
+    labels, weights = _later(batch)
+  logits = model.logits(model.hidden(batch, None))
+  return jnp.where(weights > 0, -cross_entropy(logits, labels, o.label_smoothing, o.z_loss)[1], 0.0)
 
 
 def _class_weights(labels: jax.Array, o: Options) -> jax.Array | float:
@@ -126,6 +144,7 @@ _tagged = lambda model, batch, key: model.tag(batch, key)
 
 OUTPUTS = dict(classify=_classified, regress=_classified, tag=_tagged, qa=_tagged, mlm=_tagged)  # what a model predicts
 OF_OUTPUTS = dict(classify=classify, regress=regress, tag=each_token, qa=answer_span, mlm=each_token)
+OF_EXAMPLES = ("classify", "regress", "qa")  # whose weights count examples, not tokens
 WHOLE = dict(
   seq2seq=seq2seq,
   span_corruption=seq2seq,

@@ -25,6 +25,7 @@ from jaxft import observe
 COLORS = ("#1f5fa8", "#d1622b", "#3a8f5c", "#8a4fa3", "#b3902b", "#555555")
 HIDDEN = ("seconds",)  # evaluation values that are no result
 COUNTS = ("tokens", "examples")  # those that say how much was evaluated: no curve
+SAME = ("word_perplexity", "byte_perplexity")  # whose curve is that of bits_per_byte, on another scale
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.6em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}img{max-width:100%}
 table{border-collapse:collapse;font-size:.92em}
@@ -82,7 +83,7 @@ def _panels(rows: Mapping[str, Sequence[Mapping]]) -> list[tuple[str, list[str]]
       for k, v in row.items():
         if isinstance(v, (int, float)):
           largest[k] = max(largest.get(k, -math.inf), v)
-  evals = sorted(k for k in largest if k.startswith("eval/") and k.rsplit("/")[-1] not in (*HIDDEN, *COUNTS))
+  evals = sorted(k for k in largest if k.startswith("eval/") and k.rsplit("/")[-1] not in (*HIDDEN, *COUNTS, *SAME))
   losses = [k for k in evals if k.endswith("/loss")]
   rates = ("padded_tokens_per_second", "tokens_per_second", "target_tokens_per_second")
   panels = [("loss", ["loss", *losses])] + [(_metric_title(k), [k]) for k in evals if k not in losses]

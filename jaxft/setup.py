@@ -338,8 +338,8 @@ def writing_to(home: pathlib.Path, evaluators: list) -> list:
   """Returns copies of evaluators, with the same compiled functions, that write their samples below `home`."""
   out = [copy.copy(e) for e in evaluators]
   for e in out:
-    if hasattr(e, "_folder"):
-      e._folder = home / "samples"
+    if hasattr(e, "folder"):
+      e.folder = home / "samples"
   return out
 
 

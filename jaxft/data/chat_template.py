@@ -84,10 +84,6 @@ class Template:
   def __reduce__(self):
     return Template, (self.text, self.bos_token or None, self.eos_token or None, self.variables, self.now)
 
-  def has_bos(self, text: str) -> bool:
-    """Says whether a rendered text begins with BOS, so that it is to be encoded without adding special tokens."""
-    return bool(self.bos_token) and text.startswith(self.bos_token)
-
   def prompt(self, messages: Any, tools: Any, where: str) -> str:
     """Returns the text for a model that is to answer: all messages, and the generation prompt."""
     with sandbox.Limits():

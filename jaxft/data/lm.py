@@ -122,11 +122,8 @@ def encode_completions(examples: Sequence[Example], job: Any) -> Columns:
 
 def _completion(part: Part, own: list[int], offsets: np.ndarray, added: np.ndarray, job: Any) -> tuple:
   """Returns (ids, u8 weights, whether a token straddles the first boundary, whether an end-of-text token is learnt)."""
-  weights, straddling = np.zeros(len(own), np.uint8), False
-  for begin, end in part.spans:
-    inside = (offsets[:, 0] < end) & (offsets[:, 1] > begin) & (offsets[:, 1] > offsets[:, 0]) & ~added
-    straddling |= bool((inside & (offsets[:, 0] < begin)).any())
-    weights[inside] = 1
+  weights = (chat_template.covered(offsets, part.spans) & ~added).astype(np.uint8)
+  straddling = any(bool(((offsets[:, 0] < begin) & (offsets[:, 1] > begin) & ~added).any()) for begin, _ in part.spans)
   tokens = ended(own, job.bos, job.eos if part.close else None)
   weights = weights[int(tokens[:2] != own[:2]) :]  # without the begin-of-text token that was there twice
   weights = np.append(weights, np.ones(len(tokens) - len(weights), np.uint8))

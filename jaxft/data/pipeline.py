@@ -157,14 +157,6 @@ class Batches:
     """Returns the example ids of the global batch, row by row."""
     return [i for row in self.row_examples(step) for i in row]
 
-  def segment_ids(self, step: int) -> np.ndarray:
-    """Returns i64[B, segments], the example of each segment of the global batch (entry m: segment m + 1); -1: none."""
-    rows = self.row_examples(step)
-    out = np.full((len(rows), max([self.segments, *map(len, rows)])), -1, np.int64)
-    for row, ids in zip(out, rows):
-      row[: len(ids)] = ids
-    return out
-
   def spec(self, bucket: int = -1) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Returns the (shape, dtype) of everything in the global batches of a bucket."""
     lengths = dict(zip(self.sides, self.shapes[bucket]))

@@ -157,7 +157,7 @@ class GenerateEvaluator:
     `progress` gives what is told how far a run is.
     """
     self.name, self.every = name, every
-    self._generator, self._store, self._samples, self._folder = generator, store, samples, folder
+    self._generator, self._store, self._samples, self.folder = generator, store, samples, folder
     self._progress = progress
     self._names = metrics.expand(names)
     self.gives = (*self._names, "limit_share", "output_tokens")
@@ -189,7 +189,7 @@ class GenerateEvaluator:
         100 * values["limit_share"],
         self._generator.options.length,
       )
-    if self._folder is not None and self._samples > 0 and jax.process_index() == 0:
+    if self.folder is not None and self._samples > 0 and jax.process_index() == 0:
       self._write(step, answers)
     return values
 
@@ -218,9 +218,9 @@ class GenerateEvaluator:
           ensure_ascii=False,
         )
       )
-    path = self._folder / f"{self.name}-{step}.jsonl"
+    path = self.folder / f"{self.name}-{step}.jsonl"
     try:
-      self._folder.mkdir(parents=True, exist_ok=True)
+      self.folder.mkdir(parents=True, exist_ok=True)
       path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
     except OSError as e:
       raise StorageError(

@@ -77,13 +77,7 @@ class Classes(_Entries):
     predictions = logits.argmax(axis=1)
     values, notes = scores.classify(self._names, predictions, truth, self.labels)
     sure = _softmax(logits)[np.arange(len(logits)), predictions]
-    row = lambda i: dict(
-      id=ids[i],
-      input=store.texts(ids[i])[0],
-      label=self.labels[truth[i]],
-      predicted=self.labels[predictions[i]],
-      score=_short(sure[i]),
-    )
+    row = lambda i: _row(store, ids[i], self.labels[truth[i]], self.labels[predictions[i]], score=_short(sure[i]))
     matrix = scores.confusion(predictions, truth, len(self.labels))
     return Graded(values, notes, np.where(predictions == truth, 0, sure), row, matrix)
 
@@ -101,13 +95,7 @@ class MultiLabel(_Entries):
     chosen, truth = logits > 0, truth > 0.5
     said = lambda on: ", ".join(self.labels[c] for c in np.flatnonzero(on))
     wrong = (chosen != truth).sum(axis=1)
-    row = lambda i: dict(
-      id=ids[i],
-      input=store.texts(ids[i])[0],
-      label=said(truth[i]),
-      predicted=said(chosen[i]),
-      wrong_labels=int(wrong[i]),
-    )
+    row = lambda i: _row(store, ids[i], said(truth[i]), said(chosen[i]), wrong_labels=int(wrong[i]))
     return Graded(values, notes, wrong.astype(float), row)
 
 
@@ -125,13 +113,7 @@ class Values(_Entries):
     predictions, truth = outputs[:, 0], np.array([f.truth for f in found])
     values, notes = scores.regress(self._names, predictions, truth)
     error = np.abs(predictions.astype(float) - truth)
-    row = lambda i: dict(
-      id=ids[i],
-      input=store.texts(ids[i])[0],
-      label=_short(truth[i]),
-      predicted=_short(predictions[i]),
-      error=_short(error[i]),
-    )
+    row = lambda i: _row(store, ids[i], _short(truth[i]), _short(predictions[i]), error=_short(error[i]))
     return Graded(values, notes, error, row)
 
 
@@ -169,13 +151,7 @@ class Tags:
     predictions, truth = [named(f.output) for f in found], [named(f.truth) for f in found]
     values, notes = spans.tag(self._names, predictions, truth, self.labels)
     wrong = np.array([(f.output != f.truth).sum() for f in found], float)
-    row = lambda i: dict(
-      id=ids[i],
-      input=store.texts(ids[i])[0],
-      label=" ".join(truth[i]),
-      predicted=" ".join(predictions[i]),
-      wrong_tags=int(wrong[i]),
-    )
+    row = lambda i: _row(store, ids[i], " ".join(truth[i]), " ".join(predictions[i]), wrong_tags=int(wrong[i]))
     return Graded(values, notes, wrong, row)
 
 
@@ -245,6 +221,10 @@ class Answers:
       score=_short(asked[i]["score"]),
     )
     return Graded(values, notes, error, row)
+
+
+def _row(store: Any, i: int, label: Any, predicted: Any, **more: Any) -> dict[str, Any]:
+  return dict(id=i, input=store.texts(i)[0], label=label, predicted=predicted, **more)
 
 
 def _columns(found: Sequence[Found], labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

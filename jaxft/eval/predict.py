@@ -58,7 +58,7 @@ class PredictEvaluator:
     self.name, self.every = name, every
     self._predict, self._grader, self._loss = predict, grader, loss
     self._batches, self._store, self._mesh, self._rules = batches, store, mesh, rules
-    self._samples, self._folder, self._progress = samples, folder, progress
+    self._samples, self.folder, self._progress = samples, folder, progress
     self.gives = (*(("loss",) if loss else ()), *grader.gives, "examples")
     self.notes: tuple[str, ...] = ()  # of the last run
     self._rows = sharding.batch_sharding(mesh, rules)
@@ -86,7 +86,7 @@ class PredictEvaluator:
     if self._loss:
       loss, weight = (math.fsum(x) for x in zip(*sums))  # float64, see LossEvaluator
       values = dict(loss=loss / weight, **values)
-    if self._folder is not None and jax.process_index() == 0:
+    if self.folder is not None and jax.process_index() == 0:
       self._write(step, graded)
     return values
 
@@ -149,10 +149,10 @@ class PredictEvaluator:
       self._save(f"{self.name}-confusion.png", pictures.confusion(graded.confusion, labels, title=title))
 
   def _save(self, name: str, data: bytes) -> None:
-    path = self._folder / name
+    path = self.folder / name
     fresh = path.with_name(f".{name}.tmp")
     try:
-      self._folder.mkdir(parents=True, exist_ok=True)
+      self.folder.mkdir(parents=True, exist_ok=True)
       fresh.write_bytes(data)
       os.replace(fresh, path)
     except OSError as e:

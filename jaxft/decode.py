@@ -7,16 +7,13 @@ there exactly once. Exit code 3: some rows have an "error" in place of an "outpu
 """
 
 import types
-from typing import Any
 
 from absl import flags
 
-from jaxft import cli, cluster, display, modeling, observe, programs, runs
-from jaxft.data import clean, sources
+from jaxft import cli, cluster, decoding, display, observe, programs
+from jaxft.data import sources
 from jaxft.errors import InputError
-from jaxft.families import registry
-from jaxft.infer import batch_decode, labelling, options
-from jaxft.infer.generate import Generator
+from jaxft.infer import batch_decode
 
 
 def decode(
@@ -40,11 +37,11 @@ def decode(
   not given), for models that write text.
   """
   cluster.join()
-  m, params, of_run, fix, chat = runs.for_decoding(model, checkpoint, dtype)
+  m, params, of_run, fix, chat = decoding.load(model, checkpoint, dtype)
   if pair and not template:
     raise InputError("decode: --pair is the template of a second text; give that of the first, --template, too.")
   templates, chat = ([(template, pair)], None) if template else (of_run, chat)
-  engine, how, render = _engine(m, templates, fix, chat, batch, generation)
+  engine, how, render = decoding.engine(m, templates, fix, chat, batch, generation)
   said = " or ".join(" and ".join(repr(x) for x in t if x) for t in templates)
   observe.log.info("Decoding %s with %s, template %s, %s.", input, model, said, how)
   if m.skeleton.kind != "lm" and m.skeleton.positions:
@@ -59,25 +56,6 @@ def decode(
     "%d rows in %.1f s (%d done before), %d errors%s: %s", report.rows, report.seconds, report.resumed, report.errors,
     cut, output)  # fmt: skip
   return report
-
-
-def _engine(m: modeling.Model, templates: list, fix: clean.Options, chat: Any, batch: int, generation: dict) -> tuple:
-  """Returns (engine, what it is told, for a log, and the `render` of rows) for the head of the model."""
-  where, kind = dict(batch=batch, mesh=m.mesh, rules=m.rules), m.skeleton.kind
-  if kind not in labelling.KINDS:
-    how = options.read(m.skeleton.generation, modeling.generation_config(m), **runs.answer_length(m, generation))
-    render = batch_decode.renderer([t for t, _ in templates], fix.text, chat)
-    return Generator(m.skeleton, m.tokenizer, how, **where), how, render
-  given = [k for k, v in generation.items() if v is not None]
-  if given:
-    raise InputError(
-      f"decode: {', '.join(given)}: settings of models that write text, and the head of this one is for "
-      f"{registry.KINDS[kind]}."
-    )
-  made = labelling.Labeller(m.skeleton, m.tokenizer, **where)
-  what = f"{made.what.replace('_', ' ')}, labels {', '.join(m.skeleton.labels[:8])}"
-  what += f" and {len(m.skeleton.labels) - 8} more" if len(m.skeleton.labels) > 8 else ""
-  return made, what, batch_decode.label_renderer(templates, fix.text, words=kind == "tag")
 
 
 def define() -> types.SimpleNamespace:

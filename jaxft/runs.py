@@ -9,11 +9,9 @@ from typing import Any
 
 import jax
 
-from jaxft import config, hub, kinds, modeling, setup, sharding, trees
+from jaxft import config, kinds, modeling, setup, sharding, trees
 from jaxft.config import Reader
-from jaxft.data import clean
 from jaxft.errors import InputError, NumbersError, StorageError
-from jaxft.families import registry
 from jaxft.train import checkpoint, loop, workdir
 from jaxft.train import step as train_step
 
@@ -139,45 +137,3 @@ def best_of(m: modeling.Model, checkpointer: checkpoint.Checkpointer, outcome: l
     except StorageError as e:
       log.warning("%s The last step is exported in place of the best one.", e)
   return outcome.step, train_step.whole(outcome.state)
-
-
-def for_decoding(name: str, which: str, dtype: str) -> tuple[modeling.Model, Any, list, clean.Options, Any]:
-  """Returns (model, weights, templates, what is done to each field, chat template or None) of a run folder, with which
-  it was trained, or of a Hugging Face folder or Hub id: {input}, stripped, and the tokenizer's chat template.
-
-  A template is (that of the input, that of the text beside it or "").
-  """
-  home = pathlib.Path(name).expanduser()
-  if (home / modeling.FOLDER / "config.json").exists():
-    c, m, checkpointer = run(name, dtype)
-    given = hub.read_json(home / modeling.FOLDER / TASK)
-    chat = kinds.template(m.tokenizer) if given.get("chat") else None
-    return (
-      m,
-      weights(m, checkpointer, pick(checkpointer, which)),
-      list(zip(given["inputs"], given["pairs"])),
-      setup.cleaning(c),
-      chat,
-    )
-  c = config.base()
-  c.model.init, c.model.dtype = name, dtype
-  c.model.params_dtype = modeling.activations(dtype).name
-  c = Reader(c)
-  m = modeling.make(c, modeling.source(c), None)
-  return m, modeling.load(m, 0), [("{input}", "")], setup.cleaning(c), kinds.template(m.tokenizer)
-
-
-def answer_length(m: modeling.Model, given: dict) -> dict:
-  """Returns `given` with a length, where neither it nor the model's own generation_config.json has one; raises
-  InputError for a model that writes no text.
-  """
-  if m.skeleton.kind != "lm":
-    raise InputError(
-      f"decode: the head of this model is for {registry.KINDS[m.skeleton.kind]}; it writes neither text nor labels "
-      "for new rows. jaxft.evaluate scores it, and writes its predictions to samples/."
-    )
-  own = modeling.generation_config(m)
-  if given.get("length") is None and all(own.get(k) is None for k in ("max_new_tokens", "max_length")):
-    log.info("The model names no length for its answers; at most 256 new tokens (--max_new_tokens).")
-    return {**given, "length": 256}
-  return given

@@ -271,6 +271,7 @@ class Bytes:
   name, size, pad, bos, eos, sep, fingerprint = "b", 256, 0, None, 1, None, "f"
   encoder = type("E", (), dict(encode=staticmethod(lambda texts: (time.sleep(0.01), [[*t.encode(), 1] for t in
   texts])[1])))()
+  target_encoder, last = encoder, {1}
 s = cache.open_or_build(sys.argv[1], tokenizer=Bytes(), task=tasks.Task("seq2seq", "{a}", "{b}"),
 clean=clean.NOTHING, lengths=dict(inputs=9, targets=9), too_long="error",
                         too_long_share=0.0, limit=0, root=sys.argv[2], workers=1)

@@ -2,6 +2,8 @@ r"""BART, taught to summarise: an article in, a few sentences out, scored by ROU
 
 python -m jaxft.main --config=configs/bart_summarize.py --workdir=runs/bart        (bart-base and XSum, from the Hub)
 python -m jaxft.main --config=configs/bart_summarize.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
+
+Measured on 2 CPU cores: `:tiny`, 150 steps: ROUGE-1 0.30, ROUGE-L 0.30. The real size was not run.
 """
 
 from jaxft import config, standin

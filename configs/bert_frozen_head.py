@@ -3,6 +3,9 @@ r"""A frozen BERT with a new dense head: only `head` is trained, W2 tanh(W1 h + 
 python -m jaxft.main --config=configs/bert_frozen_head.py --workdir=runs/frozen      (bert-base-uncased, from the Hub)
 python -m jaxft.main --config=configs/bert_frozen_head.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
 python -m jaxft.main --config=configs/bert_frozen_head.py:top2 ...                   (the top two layers learn too)
+
+Measured on 2 CPU cores: `:tiny`, 150 steps: accuracy 0.54 of a body of fresh weights, which is chance: the head needs
+a trained body. The real size was not run.
 """
 
 from jaxft import config, standin

@@ -4,6 +4,9 @@ python -m jaxft.main --config=configs/bert_mlm_nsp.py --workdir=runs/mlm --confi
   --config.data.validation=dev.jsonl                    (a document a row: a text, or a list of sentences)
 python -m jaxft.main --config=configs/bert_mlm_nsp.py:mlm ...               (masked tokens alone, long texts in pieces)
 python -m jaxft.main --config=configs/bert_mlm_nsp.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
+
+Measured on 2 CPU cores: `:tiny`, 300 steps: loss of hidden tokens 2.19 (0.39 right), next sentence at chance. The
+real size was not run.
 """
 
 from jaxft import config, standin

@@ -3,6 +3,9 @@ r"""BERT on MRPC: do two sentences say the same? Fine-tuning of everything with 
 python -m jaxft.main --config=configs/bert_mrpc.py --workdir=runs/mrpc        (bert-base-uncased and GLUE, from the Hub)
 python -m jaxft.main --config=configs/bert_mrpc.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
 python -m jaxft.main --config=configs/bert_mrpc.py --config.model.init=FOLDER --config.data.train=train.jsonl ...
+
+Measured on 2 CPU cores: `:tiny`, 150 steps: accuracy 0.41 to 0.83, F1 0.87. Real data beside Trainer:
+docs/results_tasks.md.
 """
 
 from jaxft import config, standin

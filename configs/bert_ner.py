@@ -3,6 +3,8 @@ r"""BERT for named entities: words with tags in IOB2, scored by spans.
 python -m jaxft.main --config=configs/bert_ner.py --workdir=runs/ner --config.data.train=train.conll \
   --config.data.validation=dev.conll                                         (word TAB tag, blank line after a sentence)
 python -m jaxft.main --config=configs/bert_ner.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
+
+Measured on 2 CPU cores: `:tiny`, 150 steps: span F1 0.99. Real data beside Trainer: docs/results_tasks.md.
 """
 
 from jaxft import config, standin

@@ -3,6 +3,8 @@ r"""Gemma 2 2B, taught to answer: chats in the model's own template, loss on the
 python -m jaxft.main --config=configs/gemma_sft.py --workdir=runs/sft --config.data.train=chats.jsonl \
   --config.data.validation=dev.jsonl                                     (messages, or prompt and completion)
 python -m jaxft.main --config=configs/gemma_sft.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
+
+Measured on 2 CPU cores: `:tiny`, 150 steps: loss 0.84 to 0.66 on unseen chats. The real size was not run.
 """
 
 from jaxft import config, standin

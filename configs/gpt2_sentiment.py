@@ -3,6 +3,8 @@ r"""GPT-2 for sentiment: a label from the hidden state of the last token, or (:w
 python -m jaxft.main --config=configs/gpt2_sentiment.py --workdir=runs/gpt2         (gpt2 and IMDB, from the Hub)
 python -m jaxft.main --config=configs/gpt2_sentiment.py:words --workdir=runs/words  (the model answers "positive")
 python -m jaxft.main --config=configs/gpt2_sentiment.py:tiny --workdir=runs/tiny    (a small stand-in, offline)
+
+Measured on 2 CPU cores: `:tiny`, 150 steps: accuracy 0.96. The real size was not run.
 """
 
 from jaxft import config, standin

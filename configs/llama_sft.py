@@ -3,6 +3,8 @@ r"""Llama 3.2 1B, taught to answer: chats in the model's own template, loss on t
 python -m jaxft.main --config=configs/llama_sft.py --workdir=runs/sft --config.data.train=chats.jsonl \
   --config.data.validation=dev.jsonl                                     (messages, or prompt and completion)
 python -m jaxft.main --config=configs/llama_sft.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
+
+Measured on 2 CPU cores: `:tiny`, 150 steps: loss 0.69 to 0.59 on unseen chats. The real size was not run.
 """
 
 from jaxft import config, standin

@@ -3,6 +3,9 @@ r"""Marian (OPUS-MT), fine-tuned for translation in one field: English to German
 python -m jaxft.main --config=configs/mt_marian.py --workdir=runs/mt --config.data.train=mine.jsonl \
   --config.task.input='{en}' --config.task.target='{de}'
 python -m jaxft.main --config=configs/mt_marian.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
+
+Measured on 2 CPU cores: `:tiny`, 150 steps: loss 1.78, chrF 5, which is no translation yet. The
+real size was not run.
 """
 
 from jaxft import config, standin

@@ -3,6 +3,8 @@ r"""T5's own training, continued on your texts: spans are hidden behind sentinel
 python -m jaxft.main --config=configs/t5_span.py --workdir=runs/span --config.data.train='texts/*.txt.gz' \
   --config.data.validation=dev.txt
 python -m jaxft.main --config=configs/t5_span.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
+
+Measured on 2 CPU cores: `:tiny`, 150 steps: loss 2.54 nats a token of the hidden spans. The real size was not run.
 """
 
 from jaxft import config, standin

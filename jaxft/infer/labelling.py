@@ -84,7 +84,8 @@ class Labeller(engine.Engine):
   def _collect(self, positions: list[int], sent: tuple[list, Any], ids) -> tuple[list[int], list[Labelled]]:
     rows, out = sent
     found = [np.asarray(x)[: len(positions)] for x in (out if self.what == "tag" else (out,))]
-    broken = [ids[p] for i, p in enumerate(positions) if not np.isfinite(found[-1][i][: len(rows[i])]).all()]
+    real = lambda i: found[-1][i][: len(rows[i])] if self.what == "tag" else found[-1][i]  # without padding
+    broken = [ids[p] for i, p in enumerate(positions) if not np.isfinite(real(i)).all()]
     if broken:
       raise NumbersError(
         f"decode: the model's outputs are not numbers for {len(broken)} of {len(positions)} inputs, among them "

@@ -2,8 +2,8 @@
 
 Reads JSON Lines with the template's fields, or chats (`messages`) for a model with a chat template, and perhaps an `id`
 (else the number of the row), writes {"id", "output"} lines: text, or the label of a classifier, the tags of words, the
-value of a regression (--scores: with probabilities). Run again after a kill, it does what is missing; each id is
-there exactly once. Exit code 3: some rows have an "error" in place of an "output".
+value of a regression, the answer in a context (--scores: with probabilities). Run again after a kill, it does what is
+missing; each id is there exactly once. Exit code 3: some rows have an "error" in place of an "output".
 """
 
 import types
@@ -11,7 +11,6 @@ import types
 from absl import flags
 
 from jaxft import cli, cluster, decoding, display, observe, programs
-from jaxft.data import sources
 from jaxft.errors import InputError
 from jaxft.infer import batch_decode
 
@@ -26,7 +25,7 @@ def decode(
   checkpoint: str = "best",
   seed: int = 0,
   batch: int = 32,
-  inputs_length: int = 1024,
+  inputs_length: int | None = None,
   too_long: str = "error",
   dtype: str = "auto",
   scores: bool = False,
@@ -34,24 +33,22 @@ def decode(
   **generation,
 ) -> batch_decode.Report:
   """Decodes every row of `input` with `model` into `output`; `generation` are fields of infer.options.Options (None:
-  not given), for models that write text.
+  not given), for models that write text; inputs_length 0: no limit.
   """
   cluster.join()
-  m, params, of_run, fix, chat = decoding.load(model, checkpoint, dtype)
+  of = decoding.load(model, checkpoint, dtype)
   if pair and not template:
     raise InputError("decode: --pair is the template of a second text; give that of the first, --template, too.")
-  templates, chat = ([(template, pair)], None) if template else (of_run, chat)
-  engine, how, render = decoding.engine(m, templates, fix, chat, batch, generation)
-  said = " or ".join(" and ".join(repr(x) for x in t if x) for t in templates)
-  observe.log.info("Decoding %s with %s, template %s, %s.", input, model, said, how)
-  if m.skeleton.kind != "lm" and m.skeleton.positions:
-    inputs_length = min(inputs_length or m.skeleton.positions, m.skeleton.positions)
+  of = of._replace(templates=[(template, pair)], chat=None) if template else of
+  kind, how = of.model.skeleton.kind, decoding.make(of, batch, inputs_length, generation)
+  said = " or ".join(" and ".join(repr(x) for x in t if x) for t in of.templates)
+  observe.log.info("Decoding %s with %s, template %s, %s.", input, model, said, how.told)
   report = batch_decode.decode(
-    engine, params, sources.read(input), output, render=render, seed=seed, inputs_length=inputs_length,
+    how.worker, of.params, decoding.read(input, kind), output, render=how.render, seed=seed, inputs_length=how.limit,
     too_long=too_long, scores=scores, overwrite=overwrite, progress=display.Bar("decode"),
-    about=dict(model=model, checkpoint=checkpoint, template=templates, strip=fix.strip, unicode=fix.unicode,
-               dtype=m.skeleton.dtype.name, **(dict(chat=chat.text) if chat else {})))  # fmt: skip
-  cut = f", {report.cut} cut by the limit of {how.length} tokens" if m.skeleton.kind == "lm" else ""
+    about=dict(model=model, checkpoint=checkpoint, template=of.templates, strip=of.fix.strip, unicode=of.fix.unicode,
+               dtype=of.model.skeleton.dtype.name, **(dict(chat=of.chat.text) if of.chat else {})))  # fmt: skip
+  cut = f", {report.cut} cut by the limit of {how.told.length} tokens" if kind == "lm" else ""
   observe.log.info(
     "%d rows in %.1f s (%d done before), %d errors%s: %s", report.rows, report.seconds, report.resumed, report.errors,
     cut, output)  # fmt: skip
@@ -77,7 +74,7 @@ def define() -> types.SimpleNamespace:
     samples=flags.DEFINE_integer("samples", None, "Answers a row."),
     seed=flags.DEFINE_integer("seed", 0, "Of sampling."),
     batch=flags.DEFINE_integer("batch", 32, "Rows decoded at a time, over all devices."),
-    length=flags.DEFINE_integer("inputs_length", 1024, "Longest input in tokens."),
+    length=flags.DEFINE_integer("inputs_length", None, "Longest input (unset: 1024), or window, in tokens."),
     too_long=flags.DEFINE_enum("too_long", "error", ["error", "truncate"], "What becomes of longer inputs."),
     dtype=flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations and weights."),
     scores=flags.DEFINE_bool("scores", False, "Write log-probabilities and whether the answer was cut."),

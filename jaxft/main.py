@@ -49,7 +49,7 @@ def _train(c: config.Reader, whole: ConfigDict, home: pathlib.Path, main: bool, 
   observe.log.info("%s", setup.summary(m, t))
   seen = data_report.make(data, batches, m.tokenizer)
   if main:
-    runs.keep(m, home, data.report["tasks"], last["chat"])
+    runs.keep(m, home, data.report, last["chat"])
     (home / "data_report.txt").write_text(data_report.text(seen) + "\n", encoding="utf-8")
   observe.log.info("\n%s\n", data_report.text(seen, color=sys.stderr.isatty()))
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,17 +21,19 @@ log = logging.getLogger("jaxft")
 TASK = "task.json"  # in modeling.FOLDER: the templates of the inputs, as the columns of the data have called for them
 
 
-def keep(m: modeling.Model, home: pathlib.Path, tasks: Sequence[Mapping[str, Any]], chat: str = "") -> None:
+def keep(m: modeling.Model, home: pathlib.Path, data: Mapping[str, Any], chat: str = "") -> None:
   """Writes what a reader of the run needs beside the weights into home/model: the config.json files, the tokenizer, the
-  templates of the inputs. `tasks` is that of the data report, `chat` a chat template in place of the tokenizer's own.
+  templates of the inputs. `data` is the data report, `chat` a chat template in place of the tokenizer's own.
   """
   folder = home / modeling.FOLDER
   folder.mkdir(exist_ok=True)
   m.tokenizer.save(folder)
   if chat:
     (folder / kinds.CHAT).write_text(chat, encoding="utf-8")
+  tasks = data["tasks"]
   given = dict(inputs=[t["input"] for t in tasks], pairs=[t.get("pair", "") for t in tasks])
   given |= dict(chat=True) if any(t["chat"] for t in tasks) else {}
+  given |= dict(empty=True) if data["counts"].get("unanswerable") else {}  # answers
   jsons = {TASK: given, "config.json": m.skeleton.json}
   if m.skeleton.kind == "lm":
     jsons["generation_config.json"] = modeling.generation_config(m)

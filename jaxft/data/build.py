@@ -16,7 +16,7 @@ from jaxft.data import clean as cleaning
 from jaxft.data import crew, sources
 from jaxft.data.clean import Options
 from jaxft.data.fields import Example, Ragged
-from jaxft.data.files import Meter, Row, compact, like_a_sentence, place
+from jaxft.data.files import Meter, compact, like_a_sentence, place
 from jaxft.data.labels import Labels, scheme_of
 from jaxft.data.progress import Progress
 from jaxft.data.tasks import Resolver, Task
@@ -143,7 +143,7 @@ class Job:
 def chunks(source, task: Task, limit: int, meter: Meter) -> Iterator[Chunk]:
   """Cuts the rows of `source` into chunks of one origin each."""
   chunk, chars = None, 0
-  for row in _rows(source, task, limit, meter):
+  for row in sources.unfold(sources.read(source, limit, meter), task.objective.expand):
     if chunk is None or row.origin != chunk.origin or len(chunk.rows) == CHUNK_ROWS or chars > CHUNK_CHARS:
       if chunk is not None:
         yield chunk
@@ -157,17 +157,6 @@ def chunks(source, task: Task, limit: int, meter: Meter) -> Iterator[Chunk]:
     chars += sum(len(v) for v in row.values() if isinstance(v, (str, bytes, list)))
   if chunk is not None:
     yield chunk
-
-
-def _rows(source, task: Task, limit: int, meter: Meter) -> Iterator[Row]:
-  for row in sources.read(source, limit, meter):
-    if task.objective.expand is None:
-      yield row
-      continue
-    for columns, _ in task.objective.expand(row, row.where):
-      one = Row(columns, row.origin, row.line)
-      one.repeat = row.repeat
-      yield one
 
 
 def build(folder: pathlib.Path, source, job: Job, *, labels: Labels, limit: int, workers: int) -> dict:

@@ -14,7 +14,6 @@ import numpy as np
 from jaxft.data import squad
 from jaxft.data.fields import Columns, Example
 from jaxft.data.templates import value
-from jaxft.errors import InputError
 
 STRIDE = 128  # tokens by which windows overlap, as in run_qa.py; of short windows a third
 
@@ -75,14 +74,9 @@ def _part(q: squad.Question, f: squad.Feature) -> str:
 
 def _windows(job: Any) -> squad.Windows:
   """Returns what cuts windows, made once a process."""
-  if not hasattr(job.encoder, "backend"):
-    raise InputError(
-      "tokenizer: question answering needs the places of tokens in their text, which only tokenizers of the "
-      "`tokenizers` library give (tokenizer.json). Set model.tokenizer to one of those."
-    )
   if not hasattr(job, "windows"):
     length = job.lengths["inputs"]
-    job.windows = squad.Windows(job.encoder.backend, length, overlap(job.task.stride, length))
+    job.windows = squad.windows(job.encoder, length, overlap(job.task.stride, length))
   return job.windows
 
 

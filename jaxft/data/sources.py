@@ -41,6 +41,18 @@ def read(source, limit: int = 0, meter: Meter | None = None) -> Iterator[Row]:
     raise InputError(f"data: {describe(source)} has no rows. Is it the right file, or the right split of the data set?")
 
 
+def unfold(rows: Iterator[Row], expand: Callable[[dict, str], Iterator[tuple[dict, str]]] | None) -> Iterator[Row]:
+  """Yields the rows that `expand(row, where)` makes of each, as fields.Objective has it; None: the rows themselves."""
+  if expand is None:
+    yield from rows
+    return
+  for row in rows:
+    for columns, _ in expand(row, row.where):
+      one = Row(columns, row.origin, row.line)
+      one.repeat = row.repeat
+      yield one
+
+
 def checked(source) -> Any:
   """Returns the source, a `pathlib.Path` as text; raises InputError for what is none."""
   if not isinstance(source, os.PathLike) and not source:

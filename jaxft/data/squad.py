@@ -141,6 +141,16 @@ def _check(text: Any, start: Any, context: str, where: str) -> tuple[str, int]:
 # ---- windows
 
 
+def windows(encoder: Any, length: int, stride: int) -> "Windows":
+  """Returns what cuts windows with an encoder of data/encoders.py; raises InputError where it knows no places."""
+  if not hasattr(encoder, "backend"):
+    raise InputError(
+      "tokenizer: question answering needs the places of tokens in their text, which only tokenizers of the "
+      "`tokenizers` library give (tokenizer.json). Set model.tokenizer to one of those."
+    )
+  return Windows(encoder.backend, length, stride)
+
+
 class Windows:
   """Cuts features of at most `max_length` tokens, whose contexts overlap by `stride` tokens (run_qa's doc_stride).
 

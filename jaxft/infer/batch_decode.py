@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.data import clean, labels, lm, tasks
+from jaxft.data import clean, labels, lm, squad, tasks
 from jaxft.data import templates as templates_
 from jaxft.errors import InputError
 from jaxft.infer import engine, parts
@@ -127,6 +127,10 @@ def label_renderer(
     texts = tuple(templates_.render(t, name, row, fix, where)[0] for name, t in both if t)
     return texts if pair else texts[0]
 
+  return _first_that_fits(templates, one)
+
+
+def _first_that_fits(templates: Sequence[tuple[Any, Any]], one: Callable[..., Any]) -> Callable[[Mapping], Any]:
   def render(row: Mapping[str, Any]) -> Any:
     where, problems = getattr(row, "where", "this row"), []
     for template, pair in templates:
@@ -137,6 +141,17 @@ def label_renderer(
     raise problems[0]
 
   return render
+
+
+def question_renderer(templates: Sequence[tuple[Any, Any]]) -> Callable[[Mapping[str, Any]], tuple[str, str]]:
+  """As `renderer`, for questions about a text: templates of the question and of the context; texts stay as they are."""
+
+  def one(row: Mapping[str, Any], template: Any, pair: Any, where: str) -> tuple[str, str]:
+    texts = ((k, templates_.value(t, k, row, str, where)) for k, t in (("question", template), ("context", pair)))
+    asked = squad.read(dict(texts), where)
+    return asked.question, asked.context
+
+  return _first_that_fits(templates, one)
 
 
 def _render(rows, render) -> tuple[list, list, dict[int, str]]:
@@ -182,7 +197,9 @@ def _tokenise(
   for i, row in enumerate(out):
     if i in errors:
       continue
-    if len(row) == 0:
+    if isinstance(row, InputError):
+      errors[i] = str(row)
+    elif len(row) == 0:
       errors[i] = "the input has no tokens"
     elif limit and len(row) > limit and too_long == "truncate":
       out[i] = np.concatenate([row[: limit - 1], row[-1:]])

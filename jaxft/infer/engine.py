@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxft import sharding
-from jaxft.errors import InputError
+from jaxft.errors import InputError, NumbersError
 
 
 def bucket(n: int) -> int:
@@ -26,9 +26,9 @@ class Engine:
   One batch computes while the one before it is turned into answers. With several hosts every host makes the same calls
   with the same rows, computes its share of each batch (rows lie along the mesh's batch axes), and gets all answers.
 
-  A kind of engine has encode(texts) -> rows, settings(seed), `_traced(params, *arrays)`, which is compiled, `_check`,
-  `_dispatch`, which makes the arrays and calls `_run`, and `_collect`, which makes answers of what comes back. An
-  answer has `cut`, a list of bool, and record(scores).
+  A kind of engine has encode(texts) -> rows (or an InputError in place of one), settings(seed), `_traced(params, *
+  arrays)`, which is compiled, `_dispatch`, which makes the arrays and calls `_run`, `_collect`, which makes answers of
+  what comes back, and perhaps `_check`. An answer has `cut`, a list of bool, and record(scores).
   """
 
   def __init__(
@@ -69,6 +69,28 @@ class Engine:
         yield self._collect(*waiting.popleft(), ids)
     while waiting:
       yield self._collect(*waiting.popleft(), ids)
+
+  def _check(self, rows, lengths, ids) -> None:
+    """Raises InputError where `rows`, of so many tokens, are not what the engine takes."""
+
+  def _padded(self, rows: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (i32[size, T, n], segments i32[size, T]) of rows i32[length, n], whose first column is token ids."""
+    T = bucket(max(map(len, rows)))
+    T = min(T, self.skeleton.positions or T)
+    tokens, segments = np.zeros((size, T, rows[0].shape[1]), np.int32), np.zeros((size, T), np.int32)
+    tokens[..., 0] = self.tokenizer.pad or 0
+    for i, row in enumerate(rows):
+      tokens[i, : len(row)], segments[i, : len(row)] = row, 1
+    return tokens, segments
+
+  def _finite(self, outputs: Sequence[np.ndarray], ids: Sequence[object]) -> None:
+    """Raises NumbersError where the outputs of a row are not all numbers; `ids` are those of the rows."""
+    broken = [name for name, x in zip(ids, outputs) if not np.isfinite(x).all()]
+    if broken:
+      raise NumbersError(
+        f"decode: the model's outputs are not numbers for {len(broken)} of {len(ids)} inputs, among them "
+        f"{broken[:3]}. Try --dtype=float32; if that does not help, the weights themselves are broken."
+      )
 
   def _run(self, params, *arrays: np.ndarray) -> Any:
     if self._mesh is None:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.errors import NumbersError
 from jaxft.infer import engine
 
 KINDS = ("classify", "tag")  # heads of skeletons
@@ -57,9 +56,6 @@ class Labeller(engine.Engine):
     del seed
     return dict(labels=list(self.skeleton.labels), head=self.what)
 
-  def _check(self, rows, lengths, ids) -> None:
-    del rows, lengths, ids
-
   def _traced(self, params, tokens_BT4, segments_BT):
     batch = dict(inputs=tokens_BT4[..., 0], input_segments=segments_BT)
     batch["label_weights"] = jnp.ones((len(segments_BT), 1), jnp.float32)
@@ -73,24 +69,13 @@ class Labeller(engine.Engine):
     return best_BT, jnp.exp(jnp.max(jax.nn.log_softmax(logits_BTC), -1))
 
   def _dispatch(self, params, rows, ids, seed: int, size: int) -> tuple[list, Any]:
-    T = engine.bucket(max(map(len, rows)))
-    T = min(T, self.skeleton.positions or T)
-    tokens_BT4, segments_BT = np.zeros((size, T, 4), np.int32), np.zeros((size, T), np.int32)
-    tokens_BT4[..., 0] = self.tokenizer.pad or 0
-    for i, row in enumerate(rows):
-      tokens_BT4[i, : len(row)], segments_BT[i, : len(row)] = row, 1
-    return rows, self._run(params, tokens_BT4, segments_BT)
+    return rows, self._run(params, *self._padded(rows, size))
 
   def _collect(self, positions: list[int], sent: tuple[list, Any], ids) -> tuple[list[int], list[Labelled]]:
     rows, out = sent
     found = [np.asarray(x)[: len(positions)] for x in (out if self.what == "tag" else (out,))]
     real = lambda i: found[-1][i][: len(rows[i])] if self.what == "tag" else found[-1][i]  # without padding
-    broken = [ids[p] for i, p in enumerate(positions) if not np.isfinite(real(i)).all()]
-    if broken:
-      raise NumbersError(
-        f"decode: the model's outputs are not numbers for {len(broken)} of {len(positions)} inputs, among them "
-        f"{broken[:3]}. Try --dtype=float32; if that does not help, the weights themselves are broken."
-      )
+    self._finite([real(i) for i in range(len(rows))], [ids[p] for p in positions])
     of = dict(tag=self._tags, regression=self._values, multi_label_classification=self._several).get(
       self.what, self._one
     )

@@ -11,8 +11,10 @@ import transformers
 from tokenizers import models, pre_tokenizers, processors
 
 from jaxft import decode, hub, trees
-from jaxft.errors import InputError
+from jaxft.data import tokens
+from jaxft.errors import InputError, NumbersError
 from jaxft.families import registry
+from jaxft.infer import labelling
 
 WORDS = "a man reads two old books in the garden while rain falls".split()
 HOW = dict(dtype="float32", params_dtype="float32", remat="none", unroll=1, dropout=None)
@@ -23,7 +25,16 @@ NAMES = ("bad", "fair", "good")
 TEXTS = [" ".join(WORDS[(5 * i + j) % len(WORDS)] for j in range(1 + i % 7)) for i in range(11)]
 
 
-def model(folder, kind, labels, problem=None):
+T5 = dict(
+  model_type="t5", vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, pad_token_id=0,
+  eos_token_id=3, decoder_start_token_id=0)  # fmt: skip
+BART = dict(
+  model_type="bart", vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+  decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=24, pad_token_id=0,
+  bos_token_id=2, eos_token_id=3, decoder_start_token_id=3)  # fmt: skip
+
+
+def model(folder, kind, labels, problem=None, given=BERT):
   vocab = {x: i for i, x in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "##s"])}
   t = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
   t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -31,9 +42,9 @@ def model(folder, kind, labels, problem=None):
     single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
   )
   names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
-  inputs = ["input_ids", "token_type_ids", "attention_mask"]
+  inputs = ["input_ids", *(["token_type_ids"] if given is BERT else []), "attention_mask"]
   transformers.PreTrainedTokenizerFast(tokenizer_object=t, model_input_names=inputs, **names).save_pretrained(folder)
-  s = registry.skeleton(BERT, want=registry.Wanted(kind, labels, problem), **HOW)
+  s = registry.skeleton(given, want=registry.Wanted(kind, labels, problem), **HOW)
   rng = np.random.default_rng(3)
   draw = lambda path, x: (rng.standard_normal(x.shape) * (not path.endswith("bias"))).astype(np.float32)
   params = trees.map_with_path(draw, s.shapes)
@@ -55,7 +66,8 @@ def alone(s, params, text, other=None):
   ids = [2, *words(text), 3] + ([*words(other), 3] if other is not None else [])
   first = len(text.split()) + 2
   batch = dict(inputs=np.array([ids]), input_segments=np.ones((1, len(ids)), int), label_weights=np.ones((1, 1)))
-  batch["input_types"] = (np.arange(len(ids)) >= first).astype(int)[None]
+  if s.json["model_type"] == "bert":
+    batch["input_types"] = (np.arange(len(ids)) >= first).astype(int)[None]
   m = s.bind(params)
   return np.asarray(m.classify(batch, None) if s.kind == "classify" else m.tag(batch, None))[0]
 
@@ -74,6 +86,32 @@ def test_labels(tmp_path, paired):
     np.testing.assert_allclose(list(x["scores"].values()), want, rtol=2e-5)
   assert len({x["output"] for x in got}) > 1, "else this shows nothing"
   assert all(set(x) == {"id", "output"} for x in run(tmp_path, rows, scores=False)[0])
+
+
+@pytest.mark.parametrize("given", [T5, BART], ids=["t5", "bart"])
+def test_labels_of_encoder_decoders(tmp_path, given):
+  """As transformers: T5 and BART read the text on both sides and take the decoder's state at the end token."""
+  torch = pytest.importorskip("torch", reason="no torch: labels of T5 and BART for new rows are not compared")
+  model(tmp_path, "classify", NAMES, given=given)
+  got, report = run(tmp_path, [dict(text=x) for x in TEXTS])
+  name = dict(t5="T5ForSequenceClassification", bart="BartForSequenceClassification")[given["model_type"]]
+  theirs = getattr(transformers, name).from_pretrained(tmp_path).eval()
+  assert report.code == 0 and len({x["output"] for x in got}) > 1
+  for x, text in zip(got, TEXTS):
+    ids = [[2, *(4 + WORDS.index(w) for w in text.split()), 3]]
+    with torch.no_grad():
+      want = theirs(torch.tensor(ids)).logits.softmax(-1)[0].numpy()
+    assert x["output"] == NAMES[want.argmax()]
+    np.testing.assert_allclose(list(x["scores"].values()), want, rtol=1e-4)
+
+
+def test_broken_numbers_are_named(tmp_path):
+  """A number that is none in any of the logits, not in the first alone."""
+  s, params = model(tmp_path, "classify", NAMES)
+  worker = labelling.Labeller(s, tokens.load(str(tmp_path)), batch=4)
+  broken = trees.map_with_path(lambda path, x: np.float32([0, 0, np.nan]) if x.shape == (3,) else x, params)
+  with pytest.raises(NumbersError, match="not numbers for 2 of 2 inputs, among them .'r8', 'r7'"):
+    list(worker.stream(broken, worker.encode(TEXTS[:2]), ids=["r7", "r8"]))
 
 
 def test_several_labels_and_values(tmp_path):

@@ -3,7 +3,8 @@ r"""BERT on SST-2: is a sentence of a film review positive?
 python -m jaxft.main --config=configs/bert_sst2.py --workdir=runs/sst2        (bert-base-uncased and GLUE, from the Hub)
 python -m jaxft.main --config=configs/bert_sst2.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
 
-Measured on 2 CPU cores: `:tiny`, 150 steps: accuracy 0.78, MCC 0.56. Real data beside Trainer: docs/results_tasks.md.
+Measured on 2 CPU cores: `:tiny`, 150 steps: accuracy 0.78, MCC 0.56. 1,000 SST-2 phrases, MiniLM, 2 epochs: accuracy
+0.791 (Trainer 0.786), means of three seeds: docs/results_tasks.md.
 """
 
 from jaxft import config, standin

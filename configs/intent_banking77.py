@@ -3,7 +3,8 @@ r"""RoBERTa on banking77: which of 77 things does a customer of a bank want?
 python -m jaxft.main --config=configs/intent_banking77.py --workdir=runs/bank        (roberta-base, from the Hub)
 python -m jaxft.main --config=configs/intent_banking77.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
 
-Measured on 2 CPU cores: `:tiny`, 150 steps: accuracy 0.92. Real data beside Trainer: docs/results_tasks.md.
+Measured on 2 CPU cores: `:tiny`, 150 steps: accuracy 0.92. 1,000 banking77 queries, MiniLM, 5 epochs: accuracy 0.466
+(Trainer 0.443), means of three seeds: docs/results_tasks.md.
 """
 
 from jaxft import config, standin

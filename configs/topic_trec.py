@@ -3,7 +3,8 @@ r"""DistilBERT on TREC: what kind of answer does a question want (6 classes)?
 python -m jaxft.main --config=configs/topic_trec.py --workdir=runs/trec        (distilbert-base-uncased, from the Hub)
 python -m jaxft.main --config=configs/topic_trec.py:tiny --workdir=runs/tiny   (a small stand-in, offline)
 
-Measured on 2 CPU cores: `:tiny`, 150 steps: accuracy 0.99. Real data beside Trainer: docs/results_tasks.md.
+Measured on 2 CPU cores: `:tiny`, 150 steps: accuracy 0.99. 1,000 TREC questions, MiniLM, 4 epochs: accuracy 0.935
+(Trainer 0.943), means of three seeds: docs/results_tasks.md.
 """
 
 from jaxft import config, standin

@@ -1,7 +1,8 @@
 """Every config of configs/ runs offline as `:tiny` for two steps: data, step, evaluation, checkpoint, export.
 
-The heads for labels, tags and answers are decoded with, too. Catches: a config that names an option, a metric or a column that is not there; a task, head or family that is not
-joined up somewhere between the data and the exported folder.
+The heads for labels, tags and answers are decoded with, too. Catches: a config that names an option, a metric or a
+column that is not there; a task, head or family that is not joined up somewhere between the data and the exported
+folder.
 """
 
 import json

@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens; a row of the engine is a window, i32[n, 2]: token id, token type. A question is its windows.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ class Answered(NamedTuple):
     return dict(output=self.best[0][0]) | (dict(scores=best) if scores else {})
 
 
-class Asked(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Asked:
   """A question in windows."""
 
   context: str

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ class Source:
   folder: pathlib.Path | None  # of the weights it starts from; None: fresh ones
   home: pathlib.Path | None  # a run folder, where there is one
   json: dict  # config.json
-  tokenizer: tokens.Tokenizer
+  tokenizer: tokens.Tokenizer | None  # None: shapes alone are asked for
   tokens_folder: pathlib.Path
 
   @property
@@ -83,10 +84,10 @@ def locate(name: str) -> pathlib.Path:
   return ASSETS / name.removeprefix("builtin:")
 
 
-def activations(dtype: str) -> jnp.dtype:
-  """Returns the dtype of activations; "auto" is bfloat16 on TPU and GPU, float32 on CPU."""
+def activations(dtype: str, platform: str = "") -> jnp.dtype:
+  """Returns the dtype of activations on a platform ("": the one here); "auto" is bfloat16 on TPU and GPU, else float32."""
   if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
   return floating("model.dtype", dtype, ("auto", "bfloat16", "float32"))
 
 
@@ -114,17 +115,20 @@ def source(c: Reader, home: pathlib.Path | None = None) -> Source:
   return Source(folder, home, json, tokens.load(str(from_), tuple(c.model.languages)), from_)
 
 
-def make(c: Reader, s: Source, want: registry.Wanted | None) -> Model:
-  """Returns the model of a source with the head `want` (None: its own), on the mesh of the config."""
-  mesh, rules = sharding.make_mesh(c.mesh), dict(c.rules)
-  if activations(c.model.dtype) == jnp.float32:
+def make(c: Reader, s: Source, want: registry.Wanted | None, devices: Sequence[jax.Device] | None = None) -> Model:
+  """Returns the model of a source with the head `want` (None: its own), on the mesh of the config over `devices`
+  (None: those of this machine)."""
+  mesh, rules = sharding.make_mesh(c.mesh, devices), dict(c.rules)
+  platform = mesh.devices.flat[0].platform
+  dtype = activations(c.model.dtype, platform)
+  if dtype == jnp.float32:
     # float32 asked for is float32 meant: GPUs and TPUs would multiply in TF32 and bfloat16, a relative error of 1e-3
     jax.config.update("jax_default_matmul_precision", "highest")
   how = dict(
-    dtype=activations(c.model.dtype),
+    dtype=dtype,
     params_dtype=floating("model.params_dtype", c.model.params_dtype),
     remat=c.model.remat,
-    unroll=c.model.unroll or (12 if jax.default_backend() == "cpu" and c.model.remat == "none" else 1),
+    unroll=c.model.unroll or (12 if platform == "cpu" and c.model.remat == "none" else 1),
     dropout=c.model.dropout,
     attention_dropout=c.model.attention_dropout,
     head_dropout=c.model.head_dropout,
@@ -133,10 +137,11 @@ def make(c: Reader, s: Source, want: registry.Wanted | None) -> Model:
     want=want,
   )
   stored = skeleton = registry.skeleton(s.json, **how)
-  if c.model.resize and s.tokenizer.size > skeleton.generation["vocab"]:
+  if c.model.resize and s.tokenizer and s.tokenizer.size > skeleton.generation["vocab"]:
     skeleton = registry.skeleton(registry.with_vocab(s.json, s.tokenizer.size), **how)
   plain = skeleton if c.model.remat == "none" else registry.skeleton(skeleton.json, **{**how, "remat": "none"})
-  tokens.check_vocab(s.tokenizer, skeleton.generation["vocab"])
+  if s.tokenizer:
+    tokens.check_vocab(s.tokenizer, skeleton.generation["vocab"])
   shardings = sharding.leaf_shardings(mesh, rules, skeleton.axes, skeleton.shapes)
   here = s.folder or (s.home / FOLDER if s.home else None)
   return Model(here, s.tokens_folder, skeleton, stored, plain, s.tokenizer, mesh, rules, shardings)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,8 +81,10 @@ def store(
   )
 
 
-def model_for(c: Reader, source: modeling.Source, data: cache.Store) -> modeling.Model:
-  """Returns the model with the head that the task and the labels of `data` ask for."""
+def model_for(
+  c: Reader, source: modeling.Source, data: cache.Store, devices: Sequence[jax.Device] | None = None
+) -> modeling.Model:
+  """Returns the model with the head that the task and the labels of `data` ask for, on `devices` (None: all here)."""
   t, head = task(c), c.model.head
   values = data.meta["width"] if t.kind == "regress" else 0
   labels = tuple(map(str, data.labels or ())) or tuple(f"LABEL_{i}" for i in range(values))
@@ -92,7 +94,7 @@ def model_for(c: Reader, source: modeling.Source, data: cache.Store) -> modeling
       f"config: model.head.act is {head.act!r}{did_you_mean(head.act, layers.ACTIVATIONS)}; it is one of {known}."
     )
   want = modeling.wanted(t.kind, source.json, labels, multi=t.multi, mlp=(head.width, head.act))
-  m = modeling.make(c, source, want)
+  m = modeling.make(c, source, want, devices)
   check_positions(c, m, data, "data.train")
   return m
 

@@ -46,7 +46,7 @@ class Engine:
     self._rows = sharding.batch_sharding(mesh, rules) if mesh is not None else None
     self._shards = math.prod(mesh.shape[a] for a in sharding.mesh_axes(mesh, rules, "batch")) if mesh is not None else 1
     self._batch = -(-batch // self._shards) * self._shards
-    self._jitted = jax.jit(self._traced, out_shardings=sharding.replicated(mesh) if mesh is not None else None)
+    self.jitted = jax.jit(self._traced, out_shardings=sharding.replicated(mesh) if mesh is not None else None)
 
   def stream(
     self, params, rows: Sequence[Sequence], *, seed: int = 0, ids: Sequence[object] | None = None
@@ -94,7 +94,7 @@ class Engine:
 
   def _run(self, params, *arrays: np.ndarray) -> Any:
     if self._mesh is None:
-      return self._jitted(params, *arrays)
+      return self.jitted(params, *arrays)
     place = lambda x: jax.make_array_from_callback(x.shape, self._rows, lambda index: x[index])
     with sharding.use(self._mesh, self._rules):
-      return self._jitted(params, *map(place, arrays))
+      return self.jitted(params, *map(place, arrays))

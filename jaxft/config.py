@@ -90,8 +90,11 @@ def base() -> ConfigDict:
 
   c.data = _data()
   # share of each target that is spread over the vocabulary; weight of logsumexp ** 2 (1e-4 is usual); class_weights of
-  # the labels in order, or "balanced" (the rarer the heavier), or empty
-  c.loss = dict(label_smoothing=0.0, z_loss=0.0, class_weights=config_dict.FieldReference("", field_type=object))
+  # the labels in order, or "balanced" (the rarer the heavier), or empty; logits_mib: of a device that logits over a
+  # vocabulary may take, above it they are made in tiles of tokens (0: 32 on a CPU, else 512; -1: any number)
+  c.loss = dict(
+    label_smoothing=0.0, z_loss=0.0, class_weights=config_dict.FieldReference("", field_type=object), logits_mib=0
+  )
 
   c.optimizer = _optimizer()
   c.trainable = (
@@ -144,6 +147,7 @@ def _model() -> ConfigDict:
   c.head_dropout = config_dict.placeholder(float)
   c.neftune = 0.0  # noise on token embeddings in training, 5 is usual (arXiv 2310.05914)
   c.head = dict(width=0, act="tanh")  # a head W2 act(W1 h + b1) + b2 in place of the family's; 0: the family's
+  c.attention = "auto"  # the fastest that fits; strict: an error where the hardware's kernel is refused; or its name
   c.remat = "none"  # what the backward pass recomputes: none, block, dots
   c.unroll = 0  # layers in each turn of the scan over layers; 0: 12 on CPU without remat (less is copied), else 1
   c.resize = False  # let the vocabulary grow to the tokenizer's size

@@ -68,7 +68,7 @@ def _one(c: Reader, m: modeling.Model, home: pathlib.Path | None, name: str, e: 
     buckets=tuple(c.data.buckets), shuffle=False, dynamic=kinds.dynamic(c, m.tokenizer, training=False),
     every=grader is not None)  # fmt: skip
   more = dict(batches=once, mesh=m.mesh, rules=m.rules, progress=bar)
-  told = setup.loss_options(c, data, plain=True)
+  told = setup.loss_options(c, m, data, plain=True)
   if e["kind"] == "loss":
     loss = losses.make(task.kind, told)
     texts = functools.partial(evaluators.count_text, data, m.tokenizer.decode) if task.kind in WRITTEN else None

@@ -85,7 +85,7 @@ def locate(name: str) -> pathlib.Path:
 
 
 def activations(dtype: str, platform: str = "") -> jnp.dtype:
-  """Returns the dtype of activations on a platform ("": the one here); "auto" is bfloat16 on TPU and GPU, else float32."""
+  """Returns the dtype of activations on a platform ("": the one here); "auto" is float32 on CPU, else bfloat16."""
   if dtype == "auto":
     dtype = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
   return floating("model.dtype", dtype, ("auto", "bfloat16", "float32"))
@@ -133,6 +133,7 @@ def make(c: Reader, s: Source, want: registry.Wanted | None, devices: Sequence[j
     attention_dropout=c.model.attention_dropout,
     head_dropout=c.model.head_dropout,
     neftune=c.model.neftune,
+    attention=c.model.attention,
     prefix=c.task["kind"] == "prefix_lm",
     want=want,
   )

@@ -161,12 +161,15 @@ def total_steps(c: Reader, data: pipeline.Batches) -> int:
   return steps or data.steps(epochs)
 
 
-def loss_options(c: Reader, data: cache.Store, names: Collection[str] = (), *, plain: bool = False) -> losses.Options:
+def loss_options(
+  c: Reader, m: modeling.Model, data: cache.Store, names: Collection[str] = (), *, plain: bool = False
+) -> losses.Options:
   """Returns what the loss of training is told, or `plain`, that of evaluation: without what only training wants.
 
   The numbers `names` are left at 0, to be put in when the step is traced.
   """
-  beside = {}
+  most = c.loss.logits_mib or (32 if m.mesh.devices.flat[0].platform == "cpu" else 512)
+  beside = dict(logits=max(most, 0) * 2.0**20)
   if c.task["kind"] == "mlm_nsp":  # so that the loss of the pairs weighs as much as that of the tokens
     beside["nsp_scale"] = hidden.mean_hidden(data.lengths["inputs"], c.task["mask"]["share"])
   if plain:
@@ -186,9 +189,11 @@ def loss_options(c: Reader, data: cache.Store, names: Collection[str] = (), *, p
   return losses.Options(smoothing, z, weights, multi=task(c).multi, **beside)
 
 
-def loss(c: Reader, skeleton: registry.Skeleton, data: cache.Store, names: Collection[str]) -> Callable:
+def loss(
+  c: Reader, m: modeling.Model, skeleton: registry.Skeleton, data: cache.Store, names: Collection[str]
+) -> Callable:
   """Returns what gives the loss of training, loss_fn(params, batch, key), for values of the numbers `names`."""
-  kind, told = task(c).kind, loss_options(c, data, names)
+  kind, told = task(c).kind, loss_options(c, m, data, names)
 
   def of(given: Mapping[str, Any]) -> step.Loss:
     one = losses.make(kind, dataclasses.replace(told, **_group("loss", given)))
@@ -283,7 +288,7 @@ def program(c: Reader, m: modeling.Model, data: cache.Store, steps: int, names: 
   micro, pins = c.micro, step.shardings_of(abstract.params)
 
   def one(skeleton):
-    of = loss(c, skeleton, data, names)
+    of = loss(c, m, skeleton, data, names)
     return lambda state, batch, given: step.make_train_step(
       of(given), *made(given), micro, trainable=trainable, pins=pins
     )(state, batch)

@@ -182,6 +182,23 @@ def pin(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, parts))
 
 
+def current() -> tuple[Mesh, Rules] | None:
+  """Returns (mesh, rules) inside of `use`, None outside."""
+  return _context.get()
+
+
+def platform() -> str:
+  """Returns what is traced for: the platform of the mesh inside of `use`, outside JAX's default one."""
+  context = _context.get()
+  return context[0].devices.flat[0].platform if context else jax.default_backend()
+
+
+def ways(logical: str | None) -> int:
+  """Returns how many parts a logical axis is split into inside of `use`, 1 outside."""
+  context = _context.get()
+  return math.prod(context[0].shape[a] for a in mesh_axes(*context, logical)) if context else 1
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())

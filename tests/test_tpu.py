@@ -1,19 +1,25 @@
 """The real train step of real sizes, compiled by the real TPU compiler, which needs no TPU (libtpu, in the `tpu`
 extra).
 
-Not part of the default run: `pytest -m slow tests/test_tpu.py`, with JAX_PLATFORMS=cpu and TPU_SKIP_MDS_QUERY=1 set.
-Catches: a step that does not compile for a TPU or does not fit one, and activations that the partitioner replicates.
+Not part of the default run: `pytest -m slow tests/test_tpu.py`, with JAX_PLATFORMS=cpu and TPU_SKIP_MDS_QUERY=1 set;
+about half an hour on 2 cores. Catches: a step or a kernel that does not compile for a TPU or does not fit one,
+activations that the partitioner replicates, a config whose real size fits nowhere.
 """
 
 import importlib.util
 import os
+import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft import sharding, trees
+from jaxft import config, sharding, trees
 from jaxft.families import registry
+from jaxft.models import kernels
+from jaxft.models.scores import Mask
+from jaxft.planning import plans, targets
 from jaxft.train import losses, optimizer, step
 from tests.families.test_t5 import SIZES, t5_config
 
@@ -64,3 +70,42 @@ def test_step_compiles_and_fits(size, topology, axes, batch, remat, capfd):
           f"{memory.temp_size_in_bytes / 2**30:.2f} GiB temporary, of {HBM[topology[:3]]} GiB a device")  # fmt: skip
   assert held < HBM[topology[:3]] * 2**30
   assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+ARGS = dict(t5=("t5-base", "flan-t5-large"), llama_sft=("", "3b", "8b"), bert_mlm_nsp=("", "mlm"))
+SLICES = {"llama_sft-8b": "v5p:2x2x2"}
+FILES = [(f.stem, a) for f in sorted(CONFIGS.glob("*.py")) for a in ARGS.get(f.stem, ("",))]
+
+
+@pytest.mark.parametrize("name, arg", FILES)
+def test_every_config_fits_a_slice(name, arg, tmp_path, monkeypatch, capfd):
+  monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  c = config.check(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](arg))
+  e = plans.one(c, targets.parse(SLICES.get(f"{name}-{arg}", "v5e:2x4")))
+  with capfd.disabled():
+    print(f"\n{name}:{arg} on {e.target}: {e.total / 2**30:.2f} of {e.limit / 2**30:.2f} GiB, {e.step:.3g} s a step, "
+          f"MFU {e.mfu:.2f}, compiled in {e.compile_s:.0f} s")  # fmt: skip
+  assert e.fits and "compiler" in e.seconds and 0.01 < e.mfu < 0.9
+  assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("head, kv, window, softcap, causal", [
+  (128, 8, None, 0.0, True), (64, 12, None, 0.0, False), (64, 4, 256, 0.0, True), (256, 4, None, 50.0, True),
+])  # fmt: skip
+def test_splash_compiles_with_its_gradient(head, kv, window, softcap, causal):
+  devices = targets.devices(targets.parse("v5p:2x2x1"))
+  mesh = sharding.make_mesh(dict(data=1, fsdp=2, tensor=2), devices)
+  rows = sharding.batch_sharding(mesh, RULES)
+  shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=rows)
+
+  def loss(q, k, v, segments):
+    with sharding.use(mesh, RULES):
+      mask = Mask(segments, segments, None, window, causal)
+      return kernels.attention(q, k, v, None, mask, 0.0, None, softcap, "strict").astype(jnp.float32).sum()
+
+  n, t = 12 if kv == 12 else 16, 1000  # not a multiple of a block
+  args = shape(4, t, n, head), shape(4, t, kv, head), shape(4, t, kv, head), shape(4, t, dtype=jnp.int32)
+  memory = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 4 * 2 * n / 2 * t * t * 4 / 2, "as much as the scores"

@@ -38,7 +38,7 @@ from jaxft.families import (
   t5,
 )
 from jaxft.families.family import Family, Head, end_tokens, head_rules, with_rate
-from jaxft.models import encdec, heads, layers
+from jaxft.models import encdec, heads, kernels, layers
 
 Tree = Any
 log = logging.getLogger("jaxft")
@@ -276,12 +276,13 @@ def skeleton(
   head_dropout: float | None = None,
   neftune: float = 0.0,
   prefix: bool = False,
+  attention: str = "auto",
   want: Wanted | None = None,
 ) -> Skeleton:
   """Returns the model that `config_json` describes, without weights, with the head `want` (None: its own).
 
   `dropout` replaces the config's rates that are not 0 (None: keeps them), `attention_dropout` and `head_dropout` those
-  of attention's probabilities and of the heads, whatever they are. `neftune`, `prefix`: see layers.Build.
+  of attention's probabilities and of the heads, whatever they are. `neftune`, `prefix`, `attention`: layers.Build.
   """
   chosen = family(config_json)
   given, search = _split(wanted(config_json, want))
@@ -297,7 +298,8 @@ def skeleton(
     raise InputError(
       f"model.remat is {remat!r}{did_you_mean(remat, layers.REMAT)}; it is one of {', '.join(layers.REMAT)}."
     )
-  how = layers.Build(jnp.dtype(dtype), jnp.dtype(params_dtype), remat, unroll, neftune, prefix)
+  ladder = kernels.check(attention)
+  how = layers.Build(jnp.dtype(dtype), jnp.dtype(params_dtype), remat, unroll, neftune, ladder, prefix)
   module = chosen.build(spec, how)
   graphdef, shapes, axes = layers.split(module)
   table = _tied(_prefixed(chosen.rules(spec), under), chosen.heads[kind], made["head"]) + table

@@ -1,4 +1,4 @@
-"""Attention with an additive bias and segment masks, T5's relative position bias, and the key-value cache of decoding.
+"""Attention as a module, T5's relative position bias, and the key-value cache of decoding.
 
 Letters: B batch rows, T query length, S key length, D width, N heads, G heads of keys and values, R = N / G, H head
 dimension, K beams, L layers, M cache length.
@@ -14,9 +14,8 @@ from flax import nnx
 from jax import lax
 
 from jaxft import sharding
-from jaxft.models import layers, rope
-
-MASKED = -1e30  # added to scores that must not count: exp() of it is exactly 0 in float32, and no sum with it overflows
+from jaxft.models import kernels, layers, rope
+from jaxft.models.scores import MASKED, cap
 
 
 def positions(segments_BT: jax.Array) -> jax.Array:
@@ -27,54 +26,6 @@ def positions(segments_BT: jax.Array) -> jax.Array:
   place = jnp.arange(segments_BT.shape[1])
   first = segments_BT != jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
   return jnp.where(segments_BT > 0, place - jax.lax.cummax(jnp.where(first, place, 0), axis=1), 0)
-
-
-def segment_mask(query_BT: jax.Array, key_BS: jax.Array, causal: bool, prefix_BS: jax.Array | None = None) -> jax.Array:
-  """Returns bool [B, 1, T, S]: same segment, not padding (segment 0), and with `causal` no key after the query, save
-  those whose `prefix_BS` is not 0.
-  """
-  mask = (query_BT[:, :, None] == key_BS[:, None, :]) & (key_BS[:, None, :] > 0)
-  if causal:
-    seen = jnp.tril(jnp.ones(mask.shape[1:], bool))
-    mask &= seen if prefix_BS is None else seen | (prefix_BS[:, None, :] != 0)
-  return mask[:, None]
-
-
-def window_mask(t: int, window: int | jax.Array, causal: bool) -> jax.Array:
-  """Returns bool [T, T]: keys less than `window` places before the query (not causal: at most `window` away)."""
-  distance = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
-  return distance < window if causal else jnp.abs(distance) <= window
-
-
-def attend(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask_BTS, rate: float, key: jax.Array | None, softcap: float = 0.0):
-  """Returns softmax(q k + bias) v as [B, T, N, H]; scores are not scaled, softmax is in float32.
-
-  `bias_NTS` is [1, N, T, S] or None, `mask_BTS` bool [B, 1, T, S]; N / G heads of q share one of k and v (Ainslie et
-  al. 2023). `softcap` c > 0 puts c tanh(score / c) for the score. A query without any key gets 0 and passes no
-  gradient.
-  """
-  B, T, N, H = q_BTNH.shape
-  G, S = k_BSGH.shape[2], k_BSGH.shape[1]
-  if G == N:
-    scores = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSGH, preferred_element_type=jnp.float32)
-  else:
-    q_BTGRH = q_BTNH.reshape(B, T, G, N // G, H)
-    scores = jnp.einsum("btgrh,bsgh->bgrts", q_BTGRH, k_BSGH, preferred_element_type=jnp.float32).reshape(B, N, T, S)
-  scores = cap(scores, softcap)
-  if bias_NTS is not None:
-    scores += bias_NTS
-  probs = jax.nn.softmax(jnp.where(mask_BTS, scores, MASKED), axis=-1)
-  probs = layers.dropout(probs.astype(v_BSGH.dtype), rate, key)
-  if G == N:
-    out_BTNH = jnp.einsum("bnts,bsnh->btnh", probs, v_BSGH)
-  else:
-    out_BTNH = jnp.einsum("bgrts,bsgh->btgrh", probs.reshape(B, G, N // G, T, S), v_BSGH).reshape(B, T, N, H)
-  return jnp.where(jnp.any(mask_BTS, -1)[:, 0, :, None, None], out_BTNH, 0)
-
-
-def cap(x: jax.Array, softcap: float) -> jax.Array:
-  """Returns c tanh(x / c) for c = `softcap` (Gemma 2, section 2), `x` itself where it is 0."""
-  return softcap * jnp.tanh(x / softcap) if softcap else x
 
 
 def buckets(distance: np.ndarray, *, bidirectional: bool, number: int, max_distance: int) -> np.ndarray:
@@ -206,7 +157,7 @@ class Attention(nnx.Module):
     if s.qk_norm:
       for name, heads in (("q_norm", n), ("k_norm", g)):
         setattr(self, name, layers.Norm((heads, h) if s.qk_norm_whole else (h,), s.qk_norm, **build.dtypes))
-    self.spec = spec
+    self.spec, self.how = spec, build.attention
 
   def queries(self, x: jax.Array, cos_sin: jax.Array | None) -> jax.Array:
     """Returns the scaled queries [..., N, H] of `x` [..., D], turned by `cos_sin` (an entry of `rope.angles`)."""
@@ -232,7 +183,8 @@ class Attention(nnx.Module):
       key, drop = layers.keys(key, 2)
       table_XD, one_hot_EX = layers.dropout(bias[0], self.spec.distance_dropout, drop), bias[1]
       bias = disentangled(q, k, self.queries(table_XD, None), self.k(table_XD), one_hot_EX)
-    return self.o(attend(q, k, v, bias, mask, self.spec.dropout, key, self.spec.softcap))
+    out = kernels.attention(q, k, v, bias, mask, self.spec.dropout, key, self.spec.softcap, self.how)
+    return self.o(out)
 
   def step(self, x_BKD, cache, layer, index, bias, prompt, masks, cos_sin) -> tuple[jax.Array, tuple]:
     """Returns [B, K, D] for one new token of every beam, and the cache with its key and value written at `index`.

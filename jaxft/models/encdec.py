@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.models import attention, heads, layers, stack
+from jaxft.models import heads, layers, scores, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class EncDec(heads.Headed):
   def encode(self, inputs_BT: jax.Array, segments_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Returns the encoder's output [B, T, D]."""
     noise, body = layers.keys(key, 2)
-    mask = attention.segment_mask(segments_BT, segments_BT, causal=False)
+    mask = scores.Mask(segments_BT, segments_BT)
     return self.encoder(self.embedded(inputs_BT, segments_BT, noise), segments_BT, mask, body)
 
   def hidden(self, batch: dict, key: jax.Array | None) -> jax.Array:
@@ -60,8 +60,7 @@ class EncDec(heads.Headed):
     segments = batch["target_segments"]
     start = last_of(batch["targets"], segments) if self.start_is_last else self.decoder_start
     x_BSD = self.embedded(shift_right(batch["targets"], segments, start), segments, noise)
-    mask = attention.segment_mask(segments, segments, causal=True)
-    cross_mask = attention.segment_mask(segments, batch["input_segments"], causal=False)
+    mask, cross_mask = scores.Mask(segments, segments, causal=True), scores.Mask(segments, batch["input_segments"])
     return self.decoder(x_BSD, segments, mask, dec_key, context=context_BTD, cross_mask=cross_mask)
 
   def classify(self, batch: dict, key: jax.Array | None) -> jax.Array:

@@ -53,6 +53,7 @@ class Build:
   remat: str  # of REMAT
   unroll: int  # layers a turn of the scan
   neftune: float = 0.0  # noise on token embeddings in training
+  attention: str = "auto"  # of kernels.CHOICES
   prefix: bool = False  # a decoder's prompt sees itself in both directions when it generates (task prefix_lm)
 
   @property

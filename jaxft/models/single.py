@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxft.models import attention, heads, layers, stack
+from jaxft.models import heads, layers, scores, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Single(heads.Headed):
     """Returns the last hidden states [B, T, D]."""
     noise, body = layers.keys(key, 2)
     segments = batch["input_segments"]
-    mask = attention.segment_mask(segments, segments, self.causal, batch.get("input_prefix"))
+    mask = scores.Mask(segments, segments, batch.get("input_prefix") if self.causal else None, causal=self.causal)
     return self.body(self.embedded(batch["inputs"], segments, noise), segments, mask, body, batch.get("input_types"))
 
   def classify(self, batch: dict, key: jax.Array | None) -> jax.Array:
@@ -65,7 +65,7 @@ class Single(heads.Headed):
     """
     count = jnp.sum(segments_BT > 0, 1, dtype=jnp.int32)
     last = jnp.maximum(count - 1, 0)
-    mask = attention.segment_mask(segments_BT, segments_BT, self.causal and not self.prefix)
+    mask = scores.Mask(segments_BT, segments_BT, causal=self.causal and not self.prefix)
     k, v = self.body.prefill(self.embedded(inputs_BT), segments_BT, mask)
     cache = dict(self.body.empty(inputs_BT.shape[0], beams, length), prompt_k=k, prompt_v=v, prompt_length=last)
     return cache, jnp.take_along_axis(inputs_BT, last[:, None], 1)[:, 0]

@@ -42,7 +42,7 @@ class Spec:
   distance_norm: bool = False  # of the vectors of distances, where attention is disentangled
   ropes: tuple[rope.Rope, ...] = ()
   kinds: tuple[int, ...] = ()  # of each layer, which of the ropes; () where there is at most one
-  windows: tuple[int, ...] = ()  # of each layer, how far attention reaches (attention.window_mask); 0: everywhere
+  windows: tuple[int, ...] = ()  # of each layer, how far attention reaches (scores.Mask); 0: everywhere
 
   @property
   def embedded(self) -> int:
@@ -113,14 +113,14 @@ class Stack(nnx.Module):
 
   def _mask(self, mask, x):
     """Returns the mask narrowed to the layer's window."""
-    windows = set(self.spec.windows or (0,))
+    places = mask.key.shape[1]
+    windows = {w if 0 < w < places else 0 for w in self.spec.windows or (0,)}  # a wider one hides nothing
     if windows == {0}:
       return mask
-    window = next(iter(windows)) if len(windows) == 1 else x["window"]
-    return mask & attention.window_mask(mask.shape[-1], window, self.spec.causal)
+    return mask.replace(window=next(iter(windows)) if len(windows) == 1 else x["window"])
 
   def __call__(self, x_BTE, segments, mask, key, types=None, context=None, cross_mask=None) -> jax.Array:
-    """Returns [B, T, D] (or E) for embedded tokens; `mask` bool [B, 1, T, T], `context` what the encoder gave."""
+    """Returns [B, T, D] (or E) for embedded tokens; masks are `scores.Mask`, `context` what the encoder gave."""
     first, inner, last = layers.keys(key, 3)
     places = attention.positions(segments)
     x_BTD = self.enter(x_BTE, places, types, first)

@@ -20,6 +20,7 @@ from jaxft.families import registry
 from jaxft.infer import engine, options
 from jaxft.infer.generate import Generator
 from jaxft.planning import shapes
+from jaxft.train import tiles
 
 log = logging.getLogger("jaxft")
 FIELDS_OF_ROWS = ("inputs", "targets")
@@ -46,10 +47,15 @@ class Built:
   state: Any  # step.TrainState of a train step, the parameters of a decoder
   batch: dict[str, tuple]  # of the rows: name -> (shape, dtype)
   micro: int
+  logits: float  # bytes of a device for logits over a vocabulary, those of a tile where the loss makes them in tiles
   flops: float  # of a call over all devices, without what rematerialisation does again
-  train: bool  # a train step, not a decoder
-  loops: int  # turns of a loop whose number the program does not know: new tokens of a decoder
   assumed: tuple[str, ...]  # what the data or the network would have said
+  tx: Any = None  # the optimizer of a train step; None: a decoder
+  loops: int = 1  # turns of a loop whose number the program does not know: new tokens of a decoder
+
+  @property
+  def train(self) -> bool:
+    return self.tx is not None
 
 
 def model_source(c: Reader) -> tuple[modeling.Source, tuple[str, ...]]:
@@ -86,8 +92,8 @@ def _config_json(init: str) -> tuple[dict, tuple[str, ...]]:
     said = f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
     raise InputError(
       f"{init}: there is no folder of that name, its config.json is not in the Hub's cache, the Hub did not give it "
-      f"({said}), and its shapes are not among those that jaxft knows{did_you_mean(name, shapes.MODELS)}. Give a folder "
-      "with its config.json as model.init, or its numbers as model.config."
+      f"({said}), and its shapes are not among those that jaxft knows{did_you_mean(name, shapes.MODELS)}. Give a "
+      "folder with its config.json as model.init, or its numbers as model.config."
     ) from e
   return json.loads(pathlib.Path(file).read_text()), ()
 
@@ -145,7 +151,19 @@ def train_step(c: Reader, devices: Sequence[Any]) -> Built:
   numbers = {k: jax.ShapeDtypeStruct((), np.float32) for k in program.names}
   args = (program.abstract, {k: place(*x) for k, x in batch.items()}, numbers)
   said = (*first, *second, *third)
-  return Built(m, program.jitted, args, program.abstract, batch, c.micro, program.flops(batch), True, 1, said)
+  logits = _logits(m, batch.get("targets", batch["inputs"])[0], c.micro, setup.loss_options(c, m, found).logits)
+  return Built(
+    m, program.jitted, args, program.abstract, batch, c.micro, logits, program.flops(batch), said, program.tx
+  )
+
+
+def _logits(m: modeling.Model, shape: tuple[int, int], micro: int, most: float) -> float:
+  if m.skeleton.kind not in ("lm", "mlm", "mlm_nsp"):
+    return 0.0
+  (rows, length), vocab = shape, m.skeleton.generation["vocab"]
+  with sharding.use(m.mesh, m.rules):
+    t = tiles.tile(rows // micro, length, vocab, "vocab", most) or length
+    return 4.0 * rows / micro / sharding.ways("batch") * t * vocab / sharding.ways("vocab")
 
 
 def decoder(c: Reader, devices: Sequence[Any], *, batch: int, length: int, new_tokens: int, beams: int) -> Built:
@@ -154,7 +172,8 @@ def decoder(c: Reader, devices: Sequence[Any], *, batch: int, length: int, new_t
   source, said = model_source(c)
   m = modeling.make(c, source, None, devices)
   if m.skeleton.kind != "lm":
-    raise InputError(f"plan: --decode is for models that write text; this one is for {registry.KINDS[m.skeleton.kind]}.")
+    what = registry.KINDS[m.skeleton.kind]
+    raise InputError(f"plan: --decode is for models that write text; the head of this one is for {what}.")
   how = options.read(m.skeleton.generation, m.skeleton.generation_config, length=new_tokens, beams=beams)
   made = Generator(m.skeleton, None, how, batch=batch, mesh=m.mesh, rules=m.rules)
   weigh = lambda x, s: jax.ShapeDtypeStruct(x.shape, m.skeleton.dtype, sharding=s)
@@ -168,7 +187,8 @@ def decoder(c: Reader, devices: Sequence[Any], *, batch: int, length: int, new_t
   spec = dict(inputs=((batch, T), np.dtype(np.int32)))
   # two for each weight and token, read and written, without attention's own products
   work = 2.0 * trees.count(m.skeleton.shapes) * batch * (T + new_tokens * how.width)
-  return Built(m, made.jitted, args, params, spec, 1, work, False, new_tokens, said)
+  logits = _logits(m, (batch * how.width, 1), 1, 0.0)
+  return Built(m, made.jitted, args, params, spec, 1, logits, work, said, loops=new_tokens)
 
 
 def lower(of: Built) -> Any:
@@ -182,7 +202,8 @@ def pick_platform(target_platform: str, devices: int) -> None:
   quiet |= dict(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", TPU_ACCELERATOR_TYPE="v5litepod-1")  # of none here
   for name, value in quiet.items():
     os.environ.setdefault(name, value)
-  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that this one starts
+  jax.config.update("jax_platforms", "cpu")
   if target_platform == "cpu":
     own = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     os.environ["XLA_FLAGS"] = f"{own} --xla_force_host_platform_device_count={devices}".strip()

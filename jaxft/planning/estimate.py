@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import flops, sharding, trees
+from jaxft import flops, trees
 from jaxft.errors import InputError
 from jaxft.planning import build, hlo, targets
 
@@ -24,7 +24,7 @@ OUT_OF_MEMORY = (  # what the compilers say
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Figures of one program on one target; bytes, FLOPs and seconds are for a device and a step unless said otherwise."""
+  """Figures of one program on one target; bytes and seconds are for a device and a call unless said otherwise."""
 
   target: str
   devices: int
@@ -120,22 +120,12 @@ def _memory(of: build.Built, found: Mapping[str, float]) -> dict[str, float]:
   else:
     out["parameters"] = held(of.state)
   out["batch"] = max(found["arguments"] - out["parameters"] - out["frozen"] - out["optimizer"], 0.0)
-  out["logits"] = _logits(of)
+  out["logits"] = of.logits
   rest = found["temporaries"]
   for kind in ("gradients", "logits"):
     out[kind] = min(out[kind], rest)
     rest -= out[kind]
   return out | dict(activations=rest)
-
-
-def _logits(of: build.Built) -> float:
-  """Returns the bytes of the float32 logits of a micro-batch over the vocabulary; 0 for a head of labels."""
-  m = of.model
-  if m.skeleton.kind not in ("lm", "mlm", "mlm_nsp"):
-    return 0.0
-  rows, T = of.batch.get("targets", of.batch["inputs"])[0] if of.train else (of.batch["inputs"][0][0], 1)
-  ways = lambda axis: math.prod(m.mesh.shape[a] for a in sharding.mesh_axes(m.mesh, m.rules, axis))
-  return 4.0 * rows / of.micro / ways("batch") * T * m.skeleton.generation["vocab"] / ways("vocab")
 
 
 def _places(batch: Mapping[str, tuple]) -> tuple[int, int]:

@@ -58,6 +58,8 @@ class Module:
 
 def read(text: str, *, loops: int = 1, devices: int = 1) -> Module:
   """Reads `compiled.as_text()`; `loops` are the turns of a loop whose number is not in it."""
+  if not text:  # of a program that did not compile
+    return Module((), 0.0, 0.0, 0)
   computations, entry = parse(text)
   turns, unknown = _turns(computations, entry, loops)
   moved: list[Moved] = []
@@ -190,6 +192,10 @@ def _group(rest: str, devices: int) -> int:
   listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
   if listed:
     return len(listed.group(1).split(","))
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+  if named:  # mesh['axis_0'=64,'axis_1'=2] {'axis_0'}: over some axes of a mesh
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+    return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'(\w+)'", named.group(2)))
   iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
   return int(iota.group(2)) if iota else devices
 

@@ -1,4 +1,4 @@
-"""What to change in a config that does not fit: the cheapest change first, tried with the compiler before it is said."""
+"""What to change in a config that does not fit: the cheapest change first, compiled before it is said to fit."""
 
 import dataclasses
 import logging

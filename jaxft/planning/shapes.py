@@ -1,4 +1,4 @@
-"""The config.json of well-known models, as far as it gives their shapes: to plan with where their files are not at hand.
+"""The config.json of well-known models, as far as it gives their shapes: to plan where their files are not at hand.
 
 Numbers are those of the files on the Hub. Weights, tokenizers and generation settings are not here; a folder or the
 Hub's cache with the real config.json goes before these.
@@ -48,8 +48,8 @@ def _llama(d: int, mlp: int, layers: int, heads: int, kv: int, h: int, *, factor
 def _qwen(kind: str, vocab: int, d: int, mlp: int, layers: int, heads: int, kv: int, h: int, tied: bool) -> Json:
   size = {} if kind == "qwen2" else dict(head_dim=h)
   json = {k: v for k, v in _decoder(kind, vocab, d, mlp, layers, heads, kv, h).items() if k != "head_dim"} | size
-  return json | dict(
-    max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=tied, eos_token_id=151645)  # fmt: skip
+  more = dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6)
+  return json | more | dict(tie_word_embeddings=tied, eos_token_id=151645)
 
 
 def _bart(d: int, layers: int, heads: int) -> Json:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import matplotlib
@@ -56,7 +56,8 @@ def si(n: float) -> str:
 def screen(name: str, plan: plans.Plan, run: Run) -> str:
   """Returns the plan on one screen of at most 100 columns."""
   e = plan.estimate
-  lines = [_title(name, e), "", *_memory(e), "", *_work(e), *_whole(e, run)]
+  what = "new tokens" if run.decode else "tokens with padding"
+  lines = [_title(name, e), "", *_memory(e), "", *_work(e, what), *_whole(e, run)]
   lines += [f"  assumed          {line}" for line in e.assumed]
   if plan.change:
     lines += ["", *_better(plan)]
@@ -94,9 +95,9 @@ def _memory(e: Estimate) -> list[str]:
   return out
 
 
-def _work(e: Estimate) -> list[str]:
+def _work(e: Estimate, what: str) -> list[str]:
   again = f" ({si(e.flops)} with what is computed again)" if e.flops > 1.01 * e.model_flops else ""
-  out = [f"  work of a step   {si(e.model_flops)}FLOPs{again}, {si(e.tokens)} tokens with padding, {e.rows} rows"]
+  out = [f"  work             {si(e.model_flops)}FLOPs{again}, {si(e.tokens)} {what}, {e.rows} rows"]
   if e.traffic and e.limit:
     out.append(f"  traffic          {si(e.traffic)}B through the memory of a device")
   if e.collectives:
@@ -109,26 +110,28 @@ def _work(e: Estimate) -> list[str]:
   if e.step:
     name = "expected" if "compiler" in e.seconds else "at best"
     speed = f"{si(e.tokens / e.step)} tokens/s, MFU {e.mfu:.2f}"
-    out += [f"  {name:<16} {e.step:.3g} s a step: {speed}", f"                   from {e.source}"]
+    out += [f"  {name:<16} {e.step:.3g} s: {speed}", f"                   from {e.source}"]
   return out
 
 
 def _whole(e: Estimate, run: Run) -> list[str]:
   out, hours = [], run.steps * e.step / 3600
+  if run.decode:
+    line = f"  an answer        {e.step:.3g} s for {e.rows} rows of {e.tokens // e.rows} new tokens"
+    return [line] if e.compiled else []
   if run.steps and e.step and e.compiled:
     cost = f", {hours * e.devices * run.price:,.2f} at {run.price:g} a device and hour" if run.price else ""
     out.append(f"  whole run        {run.steps:,} steps: {observe.duration(hours * 3600)}{cost}")
-  elif not run.decode:
+  else:
     out.append("  whole run        unknown number of steps: give --config.steps=N, or --examples=N")
-  if run.decode:
-    return out
   hosts = _hosts(e)
   writing = run.saves * e.state / run.disk / hosts
-  often = f"; {run.saves:,.0f} of them, {observe.duration(writing)} of writing beside the steps" if run.saves >= 1 else ""
+  times = f"; {run.saves:,.0f} of them, {observe.duration(writing)} of writing beside the steps"
+  often = times if run.saves >= 1 else ""
   out.append(f"  disk             {size(e.state)} a checkpoint, {size(e.state * run.kept)} kept at a time{often}")
   out.append(
-    f"  memory of a host {size(e.state / hosts + 2 * 2**30)}: its part of a checkpoint while it is written, and 2 GiB for "
-    "Python and\n                   the input pipeline"
+    f"  memory of a host {size(e.state / hosts + 2 * 2**30)}: its part of a checkpoint while it is written, and 2 GiB"
+    "\n                   for Python and the input pipeline"
   )
   return out
 
@@ -199,4 +202,3 @@ def picture(found: Mapping[str, Estimate], title: str) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130)
   return out.getvalue()
-

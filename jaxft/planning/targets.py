@@ -55,7 +55,7 @@ CHIPS: dict[str, Chip] = dict(
 )
 SHARE_OF_GPU = 0.92  # of a GPU's memory, which launch/ gives to JAX; its own choice is 0.75
 HOST = 8  # GPUs of a machine
-SWEEP = ("v5e:2x4", "v5e:4x4", "v6e:2x4", "v6e:4x4", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "h100x1", "h100x8", "a100x8")
+SWEEP = tuple("v5e:2x4 v5e:4x4 v6e:2x4 v6e:4x4 v5p:2x2x1 v5p:2x2x2 v5p:2x2x4 h100 h100x8 a100x8".split())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.models import layers
+from jaxft.train import tiles
 
 Sums = dict[str, jax.Array]
 
@@ -25,6 +26,7 @@ class Options:
   class_weights: tuple[float, ...] = ()  # of labels, classify and tag; (): all 1
   multi: bool = False  # classify: several labels an example
   nsp_scale: float = 1.0  # mlm_nsp: what an example weighs beside a masked token
+  logits: float = 0.0  # bytes of a device that logits over a vocabulary may take; more: in tiles. 0: any number
 
 
 def make(kind: str, o: Options) -> Loss:
@@ -42,8 +44,7 @@ def make(kind: str, o: Options) -> Loss:
 
 def seq2seq(model: Any, batch: dict, key: jax.Array | None, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
   """Cross-entropy of `targets` under an encoder-decoder."""
-  logits_BSV = model.logits(model.hidden(batch, key))
-  return weighted(logits_BSV, batch["targets"], batch["weights"], label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+  return over_vocabulary(model, model.hidden(batch, key), batch["targets"], batch["weights"], o)
 
 
 def next_token(model: Any, batch: dict, key: jax.Array | None, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
@@ -51,8 +52,26 @@ def next_token(model: Any, batch: dict, key: jax.Array | None, o: Options) -> tu
 
   `weights` belong to the token that is predicted; the first of a segment is never.
   """
-  logits_BTV = model.logits(model.hidden(batch, key))
-  return weighted(logits_BTV, *_later(batch), label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+  return over_vocabulary(model, model.hidden(batch, key), *_later(batch), o)
+
+
+def over_vocabulary(
+  model: Any, hidden_BTD: jax.Array, labels: jax.Array, weights: jax.Array, o: Options, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, Sums]:
+  """Cross-entropy of `labels` under the head of `model`: whole, or in tiles where `o.logits` bytes do not hold it.
+
+  Tiles give the same sums and gradients, in another order of additions. A head with dropout is never cut.
+  """
+  head = getattr(model, "head", None)
+  t = 0
+  if o.logits and head is not None and (key is None or head.spec == head.spec.undropped()):
+    t = tiles.tile(*hidden_BTD.shape[:2], head.spec.out, head.spec.axis, o.logits)
+  if not t:
+    logits = model.logits(hidden_BTD) if key is None else model.logits(hidden_BTD, key)
+    return weighted(logits, labels, weights, label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+  numbers = tuple(map(_given, (o.label_smoothing, o.z_loss)))
+  loss, nll, correct = tiles.sums(model, hidden_BTD, labels, weights, _forward, _backward, numbers, t)
+  return loss, jnp.sum(weights.astype(jnp.float32)), dict(nll=nll, correct=correct)
 
 
 def _later(batch: dict) -> tuple[jax.Array, jax.Array]:
@@ -66,6 +85,17 @@ def each_token(logits_BTC: jax.Array, batch: dict, o: Options) -> tuple[jax.Arra
   """Cross-entropy of `targets` at their own places: labels of words, or what was masked."""
   weights = batch["weights"] * _class_weights(batch["targets"], o)
   return weighted(logits_BTC, batch["targets"], weights, label_smoothing=o.label_smoothing, z_loss=o.z_loss)
+
+
+def masked(model: Any, hidden_BTD, batch: dict, key, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+  """Cross-entropy of what was masked, `targets` at their own places, under the head over the vocabulary."""
+  return over_vocabulary(model, hidden_BTD, batch["targets"], batch["weights"], o, key)
+
+
+def mask_only(model: Any, batch: dict, key: jax.Array | None, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+  """`masked` for a model that predicts nothing else."""
+  body, head = (None,) * 2 if key is None else layers.keys(key, 2)
+  return masked(model, model.hidden(batch, body), batch, head, o)
 
 
 def log_probabilities(kind: str, model: Any, batch: dict) -> jax.Array:
@@ -132,7 +162,7 @@ def masked_and_next(model: Any, batch: dict, key: jax.Array | None, o: Options) 
   """
   body, head, other = (None,) * 3 if key is None else layers.keys(key, 3)
   hidden = model.hidden(batch, body)
-  loss, weight, sums = each_token(model.logits(hidden, head), batch, o)
+  loss, weight, sums = masked(model, hidden, batch, head, o)
   logits = model.classified(hidden, batch["input_segments"], batch["label_weights"].shape[1], other, "nsp")
   nsp, examples, more = weighted(logits, batch["labels"], batch["label_weights"], label_smoothing=0.0, z_loss=0.0)
   beside = dict(nsp=nsp, nsp_correct=more["correct"], nsp_weight=examples)
@@ -142,8 +172,8 @@ def masked_and_next(model: Any, batch: dict, key: jax.Array | None, o: Options) 
 _classified = lambda model, batch, key: model.classify(batch, key)
 _tagged = lambda model, batch, key: model.tag(batch, key)
 
-OUTPUTS = dict(classify=_classified, regress=_classified, tag=_tagged, qa=_tagged, mlm=_tagged)  # what a model predicts
-OF_OUTPUTS = dict(classify=classify, regress=regress, tag=each_token, qa=answer_span, mlm=each_token)
+OUTPUTS = dict(classify=_classified, regress=_classified, tag=_tagged, qa=_tagged)  # what a model predicts
+OF_OUTPUTS = dict(classify=classify, regress=regress, tag=each_token, qa=answer_span)
 OF_EXAMPLES = ("classify", "regress", "qa")  # whose weights count examples, not tokens
 WHOLE = dict(
   seq2seq=seq2seq,
@@ -151,6 +181,7 @@ WHOLE = dict(
   causal=next_token,
   sft=next_token,
   prefix_lm=next_token,
+  mlm=mask_only,
   mlm_nsp=masked_and_next,
 )
 
@@ -193,8 +224,11 @@ def cross_entropy(
   of 1024 tokens with V=32128 and D=256, head included, on 2 CPU cores, with smoothing and z-loss, take 502 ms and 132
   MB where jax.nn.log_softmax takes 712 ms and 526 MB; the two head products alone take 466 ms.
   """
-  off = lambda x: x if isinstance(x, jax.Array) or x else None  # a traced 0 is a number like any other
-  return _cross_entropy(logits, labels, off(label_smoothing), off(z_loss))
+  return _cross_entropy(logits, labels, _given(label_smoothing), _given(z_loss))
+
+
+def _given(x: float | jax.Array) -> float | jax.Array | None:
+  return x if isinstance(x, jax.Array) or x else None  # a traced 0 is a number like any other
 
 
 @jax.custom_vjp

@@ -15,7 +15,7 @@ import pytest
 
 from jaxft import sharding
 from jaxft.families import registry
-from jaxft.models import attention, layers
+from jaxft.models import layers, scores
 from tests.families import reference
 
 FAST = reference.FAST
@@ -96,10 +96,10 @@ def test_empty_rows_and_padding_pass_nothing():
 def test_query_without_keys():
   """Padding neither attends nor is attended to; such a query gives exactly 0 and exactly no gradient."""
   segments = jnp.array([[1, 1, 2, 0], [0, 0, 0, 0]])
-  mask = attention.segment_mask(segments, segments, causal=False)
+  mask = scores.Mask(segments, segments).dense()
   np.testing.assert_array_equal(mask[:, 0], (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0))
   qkv = np.random.RandomState(0).standard_normal((3, 2, 4, 3, 5)).astype(np.float32)
-  run = lambda qkv: attention.attend(*qkv, None, mask, 0.0, None)
+  run = lambda qkv: scores.attend(*qkv, None, mask, 0.0, None)
   out, pull = jax.vjp(run, qkv)
   grads = pull(jnp.ones_like(out))[0]
   empty = np.asarray(segments) == 0
@@ -115,10 +115,9 @@ def test_causality_by_gradient():
   segments, inside = batch["target_segments"], batch["input_segments"]
 
   def outputs(x_in, x_dec):  # float embeddings instead of tokens, so that there is something to differentiate
-    mask = attention.segment_mask(inside, inside, causal=False)
+    mask = scores.Mask(inside, inside)
     context = model.encoder(x_in, inside, mask, None)
-    self_mask = attention.segment_mask(segments, segments, causal=True)
-    cross_mask = attention.segment_mask(segments, inside, causal=False)
+    self_mask, cross_mask = scores.Mask(segments, segments, causal=True), scores.Mask(segments, inside)
     return model.decoder(x_dec, segments, self_mask, None, context=context, cross_mask=cross_mask)
 
   x = [np.random.RandomState(i).standard_normal((1, 10, 12)).astype(np.float32) for i in range(2)]

@@ -63,7 +63,8 @@ class Model:
   tokens_folder: pathlib.Path
   skeleton: registry.Skeleton
   stored: registry.Skeleton  # as the weights in `folder` are; differs from `skeleton` where the vocabulary grows
-  plain: registry.Skeleton  # `skeleton` without rematerialisation, for counting the model's own FLOPs
+  plain: registry.Skeleton  # `skeleton` as plain XLA and without rematerialisation: the model's own FLOPs are counted
+  again: registry.Skeleton  # the same with it
   tokenizer: tokens.Tokenizer
   mesh: jax.sharding.Mesh
   rules: dict
@@ -140,12 +141,13 @@ def make(c: Reader, s: Source, want: registry.Wanted | None, devices: Sequence[j
   stored = skeleton = registry.skeleton(s.json, **how)
   if c.model.resize and s.tokenizer and s.tokenizer.size > skeleton.generation["vocab"]:
     skeleton = registry.skeleton(registry.with_vocab(s.json, s.tokenizer.size), **how)
-  plain = skeleton if c.model.remat == "none" else registry.skeleton(skeleton.json, **{**how, "remat": "none"})
+  plain = registry.skeleton(skeleton.json, **{**how, "remat": "none", "attention": "dense"})
+  again = registry.skeleton(skeleton.json, **{**how, "attention": "dense"})
   if s.tokenizer:
     tokens.check_vocab(s.tokenizer, skeleton.generation["vocab"])
   shardings = sharding.leaf_shardings(mesh, rules, skeleton.axes, skeleton.shapes)
   here = s.folder or (s.home / FOLDER if s.home else None)
-  return Model(here, s.tokens_folder, skeleton, stored, plain, s.tokenizer, mesh, rules, shardings)
+  return Model(here, s.tokens_folder, skeleton, stored, plain, again, s.tokenizer, mesh, rules, shardings)
 
 
 def wanted(kind: str, json: dict, labels: tuple[str, ...], *, multi: bool, mlp: tuple[int, str]) -> registry.Wanted:

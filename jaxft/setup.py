@@ -222,19 +222,20 @@ class Program:
   """What is compiled of a `Trainer`: step(state, batch, numbers), for any values of the numbers with these names."""
 
   jitted: Any
-  plain: Any  # the step before jit and without rematerialisation, to count its FLOPs
+  plain: Any  # the step before jit, without rematerialisation and kernels, to count its FLOPs
+  again: Any  # the same with rematerialisation
   abstract: step.TrainState
   tx: Any
   steps: int
   names: tuple[str, ...]
   counted: dict  # FLOPs by the shapes of a batch
 
-  def flops(self, spec: Mapping[str, tuple]) -> float:
-    """Returns the FLOPs of a step whose batch has {name: (shape, dtype)}."""
-    key = tuple((k, *map(str, x)) for k, x in sorted(spec.items()))
+  def flops(self, spec: Mapping[str, tuple], *, again: bool = False) -> float:
+    """Returns the FLOPs of a step whose batch has {name: (shape, dtype)}, `again` with what is computed twice."""
+    key = (again, *((k, *map(str, x)) for k, x in sorted(spec.items())))
     if key not in self.counted:
-      batch = {k: jax.ShapeDtypeStruct(*x) for k, x in spec.items()}
-      self.counted[key] = flops.count(self.plain, self.abstract, batch, dict.fromkeys(self.names, np.float32(0.5)))
+      batch, fn = {k: jax.ShapeDtypeStruct(*x) for k, x in spec.items()}, self.again if again else self.plain
+      self.counted[key] = flops.count(fn, self.abstract, batch, dict.fromkeys(self.names, np.float32(0.5)), again=again)
     return self.counted[key]
 
 
@@ -294,7 +295,8 @@ def program(c: Reader, m: modeling.Model, data: cache.Store, steps: int, names: 
     )(state, batch)
 
   jitted = step.jit_train_step(one(m.skeleton), m.mesh, m.rules, abstract, hyper=True)
-  return Program(jitted, one(m.plain), abstract, tx, steps, names, {})
+  counted = (step.pinned(one(skeleton), m.mesh, m.rules) for skeleton in (m.plain, m.again))
+  return Program(jitted, *counted, abstract, tx, steps, names, {})
 
 
 def checkpointer(c: Reader, home: pathlib.Path, m: modeling.Model, data: cache.Store) -> checkpoint.Checkpointer:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft import flops
+from jaxft.models import scores
 
 A, B, C = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 5), (5, 7), (7, 7)))
 
@@ -70,3 +71,17 @@ def test_peaks():
   assert flops.peak(fake("gpu", "Abacus"), jnp.bfloat16)[0] == 0
   speed, source = flops.peak(jax.devices()[0], jnp.float32)
   assert speed > 1e7 and "measured" in source
+
+
+def test_what_a_backward_pass_makes_again_is_no_work_of_the_model():
+  """Attention: two products forward and four backward, and one that is made again; the same in blocks of queries."""
+  q = jax.ShapeDtypeStruct((2, 256, 4, 16), jnp.float32)
+  mask = scores.Mask(*(jnp.ones((2, 256), jnp.int32),) * 2, causal=True)
+  one = 2.0 * 2 * 4 * 256 * 256 * 16
+  for run in (
+    lambda q, k, v: scores.attend(q, k, v, None, mask, 0.0, None),
+    lambda q, k, v: scores.in_blocks(q, k, v, None, mask, 0.0, None, 0.0, 64),
+  ):
+    grad = jax.grad(lambda *a, run=run: run(*a).sum(), (0, 1, 2))
+    assert flops.count(grad, q, q, q) == 7 * one
+    assert flops.count(grad, q, q, q, again=False) == 6 * one

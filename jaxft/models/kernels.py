@@ -47,7 +47,8 @@ def attention(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask: Any, rate: float, key, sof
   if not isinstance(mask, Mask):  # bool [B, 1, T, S], of one new token
     return attend(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask, rate, key, softcap)
   name, reasons = choose(q_BTNH, k_BSGH, bias_NTS, mask, rate, softcap, how)
-  _say(q_BTNH.shape, k_BSGH.shape, mask, name, reasons)
+  if how != name:  # chosen here
+    _say(q_BTNH.shape, k_BSGH.shape, mask, name, reasons)
   if name == "splash":
     return _splash(q_BTNH, k_BSGH, v_BSGH, mask, softcap)
   if name == "cudnn":
@@ -55,7 +56,7 @@ def attention(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask: Any, rate: float, key, sof
   if name == "blocks":
     t = _queries(q_BTNH.shape, k_BSGH.shape[1])
     return in_blocks(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask, rate, key, softcap, t)
-  return attend(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask.dense(), rate, key, softcap)
+  return attend(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask, rate, key, softcap)
 
 
 def choose(q, k, bias, mask: Mask, rate: float, softcap: float, how: str) -> tuple[str, dict[str, str]]:

@@ -68,15 +68,14 @@ def make(of: build.Built, target: targets.Target, device: Any) -> Estimate:
   seconds = time.monotonic() - begun
   memory = _memory(of, found)
   peak = target.chip.peak if target.chip else flops.peak(device, of.model.skeleton.dtype)[0]
-  work = flops.count(of.jitted, *of.args) if of.train else of.flops
   module = hlo.read(text, loops=of.loops, devices=target.devices)
-  times, step, source = _times(module, work / target.devices, peak, target, compiled)
+  times, step, source = _times(module, of.work / target.devices, peak, target, compiled)
   rows, places = _places(of.batch)
   return Estimate(
     target=target.name, devices=target.devices, mesh={k: int(v) for k, v in of.model.mesh.shape.items()},
     compiled=compiled, memory=memory, limit=targets.usable(target), state=float(trees.nbytes(of.state)),
     parameters=trees.count(of.model.skeleton.shapes),
-    trained=trees.count(of.state.params) if of.train else 0, model_flops=of.flops, flops=work,
+    trained=trees.count(of.state.params) if of.train else 0, model_flops=of.flops, flops=of.work,
     traffic=module.bytes, collectives=_grouped(module.collectives), seconds=times, step=step, source=source,
     tokens=places if of.train else rows * of.loops, rows=rows, peak=peak, compile_s=seconds,
     assumed=list(of.assumed))  # fmt: skip

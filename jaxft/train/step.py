@@ -6,6 +6,7 @@ weighs.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxft import sharding, trees
 
+log = logging.getLogger("jaxft")
 Tree = Any
 Batch = dict[str, jax.Array]
 Loss = Callable[
@@ -215,7 +217,7 @@ def jit_train_step(
   """
   one, places = sharding.replicated(mesh), shardings_of(abstract)
   return jax.jit(
-    _pinned(step, mesh, rules),
+    pinned(step, mesh, rules),
     donate_argnums=0,
     in_shardings=(places, sharding.batch_sharding(mesh, rules), *((one,) if hyper else ())),
     out_shardings=(places, one),
@@ -225,14 +227,34 @@ def jit_train_step(
 class Bound:
   """A jitted step(state, batch, hyper) together with its `hyper`, to be called, and lowered, as step(state, batch).
 
-  The numbers are arguments of the program and not part of it: another learning rate compiles nothing.
+  The numbers are arguments of the program and not part of it: another learning rate compiles nothing. A batch of a
+  shape that none had before is said, since it compiles the step anew.
   """
 
   def __init__(self, jitted: Callable, hyper: Mapping[str, float], mesh: Mesh):
     self.jitted = jitted
     self._hyper = {k: jax.device_put(np.float32(v), sharding.replicated(mesh)) for k, v in hyper.items()}
+    self._seen: dict[tuple, dict[str, str]] = {}
+
+  def _watch(self, batch: Batch) -> None:
+    key = tuple((k, x.shape, x.dtype) for k, x in batch.items())
+    if key in self._seen:
+      return
+    now = {k: f"{x.dtype}{list(x.shape)}" for k, x in sorted(batch.items())}
+    if self._seen:
+      before = list(self._seen.values())[-1]
+      changed = [f"{k} was {before.get(k, 'not there')}, is {now.get(k, 'not there')}" for k in sorted({*before, *now})
+                 if before.get(k) != now.get(k)]  # fmt: skip
+      log.warning(
+        "The step is compiled again (the %d. shape of a batch): %s. With data.buckets that happens once for each; "
+        "otherwise something changes the shapes.",
+        len(self._seen) + 1,
+        "; ".join(changed[:4]),
+      )
+    self._seen[key] = now
 
   def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    self._watch(batch)
     return self.jitted(state, batch, self._hyper)
 
   def lower(self, state: TrainState, batch: Batch) -> Any:
@@ -242,13 +264,15 @@ class Bound:
 def jit_eval_step(step: Callable, mesh: Mesh, rules: sharding.Rules, shardings: Tree) -> Callable:
   """Returns `step(params, batch)` compiled for parameters with `shardings`; the sums are on every device."""
   return jax.jit(
-    _pinned(step, mesh, rules),
+    pinned(step, mesh, rules),
     in_shardings=(shardings, sharding.batch_sharding(mesh, rules)),
     out_shardings=sharding.replicated(mesh),
   )
 
 
-def _pinned(step: Callable, mesh: Mesh, rules: sharding.Rules) -> Callable:
+def pinned(step: Callable, mesh: Mesh, rules: sharding.Rules) -> Callable:
+  """Returns `step`, in which `sharding.pin` and what asks for the mesh work while it is traced."""
+
   def run(*args):  # the body runs when jax traces it, which is when `pin` is called
     with sharding.use(mesh, rules):
       return step(*args)

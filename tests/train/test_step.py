@@ -2,7 +2,7 @@
 
 Catches: a mean per micro-batch, a sum over devices that counts padding, dropout that depends on the devices, a frozen
 leaf or layer that decays or gets state, an update applied from a NaN gradient, a learning rate that follows the
-optimizer's own count, a state that is not born with its shardings.
+optimizer's own count, a state that is not born with its shardings, a step that is compiled again in silence.
 """
 
 import functools
@@ -281,3 +281,18 @@ def test_real_model_compiles_without_involuntary_rematerialization(capfd):
       table, rows["inputs"]
     ).compile(FAST)
   assert INVOLUNTARY in capfd.readouterr().err
+
+
+def test_a_new_shape_of_a_batch_is_said_once(caplog):
+  """It compiles the step anew; what changed is named, and a shape that was there before is not."""
+  bound = step.Bound(lambda state, batch, hyper: (state, {}), dict(lr=1.0), sharding.make_mesh(dict(data=8)))
+  rows = lambda n, **more: dict(inputs=np.zeros((8, n), np.int32), weights=np.zeros((8, 4), np.float32), **more)
+  for n in (16, 16):
+    bound(None, rows(n))
+  assert not caplog.text
+  for n in (24, 16, 24):
+    bound(None, rows(n))
+  assert len(caplog.records) == 1
+  assert "inputs was int32[8, 16], is int32[8, 24]" in caplog.text and "weights" not in caplog.text
+  bound(None, rows(24, input_types=np.zeros((8, 24), np.int32)))
+  assert "(the 3. shape of a batch): input_types was not there, is int32[8, 24]" in caplog.text

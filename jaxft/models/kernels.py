@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
 
 from jaxft import sharding
@@ -164,6 +162,7 @@ def _cudnn(q, k, v, bias, mask: Mask) -> jax.Array:
 
 def _splash(q, k, v, mask: Mask, softcap: float, interpret: bool = False) -> jax.Array:
   """Splash attention (jax.experimental.pallas.ops.tpu), segments and all; lengths are filled up to whole lanes."""
+  splash, _ = _pallas()
   T, S = q.shape[1], k.shape[1]
   up = lambda n: -n % LANES
   fill = lambda x, n: jnp.pad(x, [(0, 0), (0, n)] + [(0, 0)] * (x.ndim - 2))
@@ -181,6 +180,13 @@ def _splash(q, k, v, mask: Mask, softcap: float, interpret: bool = False) -> jax
   return jnp.where(mask.sees()[..., None, None], out.astype(q.dtype), 0)
 
 
+def _pallas() -> tuple[Any, Any]:
+  """Returns the two modules of splash attention, which take half a second to import, and only TPUs have a use for."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+  return splash_attention_kernel, splash_attention_mask
+
+
 def _on_each_device(fn):
   """Returns `fn` run on the part of each device: rows and heads are split as activations are."""
   found = sharding.current()
@@ -194,6 +200,7 @@ def _on_each_device(fn):
 
 @functools.lru_cache(maxsize=64)
 def _kernel(heads: int, T: int, S: int, causal: bool, window: int | None, softcap: float, interpret: bool):
+  splash, splash_mask = _pallas()
   if causal:
     one = splash_mask.CausalMask((T, S)) if window is None else splash_mask.LocalMask((T, S), (window - 1, 0), 0)
   else:

@@ -42,16 +42,16 @@ class Chip:
 
 
 # TPUs: cloud.google.com/tpu/docs/system-architecture-tpu-vm; links and clocks as in Austin et al. 2025, "How to Scale
-# Your Model", chapter 2 (one-way, all axes). GPUs: data sheets of NVIDIA; `far` is a 400 Gb/s network card for each.
+# Your Model", chapter 2 (one-way, all axes). GPUs: data sheets of NVIDIA, memory as their driver counts it; `far` is a 400 Gb/s network card for each.
 CHIPS: dict[str, Chip] = dict(
   v5e=Chip("tpu v5e", 15.75 * 2**30, 8.1e11, 1.8e11, 4, clock=1.5e9),
   v5p=Chip("tpu v5p", 95.74 * 2**30, 2.8e12, 5.4e11, 6, cores=2, clock=1.75e9),
   v6e=Chip("tpu v6", 31.25 * 2**30, 1.6e12, 3.6e11, 4, clock=1.75e9),
-  h100=Chip("h100", 80e9, 3.35e12, 4.5e11, far=5e10, capability=(9, 0), units=132, clock_ghz=1.98, l2=52428800),
-  h200=Chip("h200", 141e9, 4.8e12, 4.5e11, far=5e10, capability=(9, 0), units=132, clock_ghz=1.98, l2=52428800),
-  a100=Chip("a100", 80e9, 2.04e12, 3e11, far=2.5e10, capability=(8, 0), units=108, clock_ghz=1.41, l2=41943040),
-  l4=Chip("l4", 24e9, 3e11, 3.2e10, far=1.25e10, capability=(8, 9), units=58, clock_ghz=2.04, l2=50331648),
-  b200=Chip("b200", 180e9, 8e12, 9e11, far=5e10, capability=(10, 0), units=148, clock_ghz=1.97, l2=132120576),
+  h100=Chip("h100", 84.9e9, 3.35e12, 4.5e11, far=5e10, capability=(9, 0), units=132, clock_ghz=1.98, l2=52428800),
+  h200=Chip("h200", 150.1e9, 4.8e12, 4.5e11, far=5e10, capability=(9, 0), units=132, clock_ghz=1.98, l2=52428800),
+  a100=Chip("a100", 84.9e9, 2.04e12, 3e11, far=2.5e10, capability=(8, 0), units=108, clock_ghz=1.41, l2=41943040),
+  l4=Chip("l4", 24.1e9, 3e11, 3.2e10, far=1.25e10, capability=(8, 9), units=58, clock_ghz=2.04, l2=50331648),
+  b200=Chip("b200", 192e9, 8e12, 9e11, far=5e10, capability=(10, 0), units=148, clock_ghz=1.97, l2=132120576),
 )
 SHARE_OF_GPU = 0.92  # of a GPU's memory, which launch/ gives to JAX; its own choice is 0.75
 HOST = 8  # GPUs of a machine

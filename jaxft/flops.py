@@ -47,27 +47,32 @@ PEAK_BF16 = (  # (part of device_kind in lower case, FLOP/s): the first that fit
 )
 
 
-AGAIN = "computed_again"  # a jax.named_scope: products that a backward pass makes a second time
+# of jax.named_scope: products that a backward pass makes a second time; those of queries, keys and values
+AGAIN, ATTENTION = "computed_again", "attention_products"
 
 
-def count(fn: Callable, *args: Any, again: bool = True) -> float:
+def count(fn: Callable, *args: Any, again: bool = True, only: str = "") -> float:
   """Returns the FLOPs of the products in one call of `fn(*args)`: matrix products and convolutions, 2 for a
   multiply-add.
 
   `args` may be ShapeDtypeStructs. Bodies of scans count times their length; those of a while once, as its length is not
   in the program; of a cond the dearest branch counts. What rematerialisation computes again counts as work done: for
   model FLOPs (MFU) count the step without it, and not `again`: without what stands in the scope AGAIN.
+  `only`: what stands in this scope.
   """
-  return _jaxpr(jax.make_jaxpr(fn)(*args).jaxpr, again)
+  return _jaxpr(jax.make_jaxpr(fn)(*args).jaxpr, again, only)
 
 
-def _jaxpr(jaxpr: Any, again: bool) -> float:
-  return float(sum(_equation(e, again) for e in jaxpr.eqns))
+def _jaxpr(jaxpr: Any, again: bool, only: str) -> float:
+  return float(sum(_equation(e, again, only) for e in jaxpr.eqns))
 
 
-def _equation(e: Any, again: bool) -> float:
-  name = e.primitive.name
-  if not again and AGAIN in str(e.source_info.name_stack):
+def _equation(e: Any, again: bool, only: str) -> float:
+  name, scope = e.primitive.name, str(e.source_info.name_stack)
+  if not again and AGAIN in scope:
+    return 0.0
+  only = "" if only in scope else only
+  if only and not _inner(e):
     return 0.0
   if name == "dot_general":
     (contract, _), _ = e.params["dimension_numbers"]
@@ -76,13 +81,13 @@ def _equation(e: Any, again: bool) -> float:
     kernel, numbers = e.invars[1].aval.shape, e.params["dimension_numbers"]
     return 2.0 * math.prod(e.outvars[0].aval.shape) * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
   if name == "cond":
-    return max(_jaxpr(b.jaxpr, again) for b in e.params["branches"])
+    return max(_jaxpr(b.jaxpr, again, only) for b in e.params["branches"])
   times = e.params["length"] if name == "scan" else 1
   if name == "shard_map":  # its body is the part of one device
     times = e.params["mesh"].size
   if name == "pallas_call":
     times = math.prod(n for n in e.params["grid_mapping"].grid if isinstance(n, int))
-  return times * sum(_jaxpr(j, again) for j in _inner(e))
+  return times * sum(_jaxpr(j, again, only) for j in _inner(e))
 
 
 def _inner(e: Any) -> list[Any]:

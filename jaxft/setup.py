@@ -230,12 +230,14 @@ class Program:
   names: tuple[str, ...]
   counted: dict  # FLOPs by the shapes of a batch
 
-  def flops(self, spec: Mapping[str, tuple], *, again: bool = False) -> float:
-    """Returns the FLOPs of a step whose batch has {name: (shape, dtype)}, `again` with what is computed twice."""
-    key = (again, *((k, *map(str, x)) for k, x in sorted(spec.items())))
+  def flops(self, spec: Mapping[str, tuple], *, again: bool = False, only: str = "") -> float:
+    """Returns the FLOPs of a step whose batch has {name: (shape, dtype)}: see flops.count for `again` and `only`."""
+    key = (again, only, *((k, *map(str, x)) for k, x in sorted(spec.items())))
     if key not in self.counted:
       batch, fn = {k: jax.ShapeDtypeStruct(*x) for k, x in spec.items()}, self.again if again else self.plain
-      self.counted[key] = flops.count(fn, self.abstract, batch, dict.fromkeys(self.names, np.float32(0.5)), again=again)
+      self.counted[key] = flops.count(
+        fn, self.abstract, batch, dict.fromkeys(self.names, np.float32(0.5)), again=again, only=only
+      )
     return self.counted[key]
 
 

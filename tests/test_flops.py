@@ -85,3 +85,15 @@ def test_what_a_backward_pass_makes_again_is_no_work_of_the_model():
     grad = jax.grad(lambda *a, run=run: run(*a).sum(), (0, 1, 2))
     assert flops.count(grad, q, q, q) == 7 * one
     assert flops.count(grad, q, q, q, again=False) == 6 * one
+
+
+def test_the_products_of_attention_alone():
+  q = jax.ShapeDtypeStruct((2, 32, 4, 16), jnp.float32)
+  w = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+  mask = scores.Mask(*(jnp.ones((2, 32), jnp.int32),) * 2)
+  run = lambda q, w: scores.attend(q @ w, q, q, None, mask, 0.0, None).sum()
+  one = 2.0 * 2 * 4 * 32 * 32 * 16
+  assert flops.count(run, q, w, only=flops.ATTENTION) == 2 * one
+  grad = jax.jit(jax.grad(jax.checkpoint(run)))
+  # forward 2, the scores again where rematerialised and once more in the backward pass, which has 4 others
+  assert flops.count(grad, q, w, only=flops.ATTENTION) == 8 * one

@@ -74,10 +74,12 @@ def _dense(mask: Any, start: Any, size: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.named_scope(flops.ATTENTION)
 def _attend(how, q, k, v, bias, mask, key):
   return _attend_forward(how, q, k, v, bias, mask, key)[0]
 
 
+@jax.named_scope(flops.ATTENTION)
 def _attend_forward(how, q, k, v, bias, mask, key):
   scores = _scores(q, k, bias, mask, how[1])[0]
   most = jnp.max(scores, -1, keepdims=True)
@@ -87,6 +89,7 @@ def _attend_forward(how, q, k, v, bias, mask, key):
   return _to_queries(probs, v), (q, k, v, bias, mask, key, most + jnp.log(total))
 
 
+@jax.named_scope(flops.ATTENTION)
 def _attend_backward(how, kept, g):
   q, k, v, bias, mask, key, log_total = kept
   rate, softcap = how

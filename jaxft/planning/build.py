@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import modeling, setup, sharding, trees
+from jaxft import flops, modeling, setup, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import objectives
 from jaxft.errors import InputError, did_you_mean
@@ -50,6 +50,7 @@ class Built:
   logits: float  # bytes of a device for logits over a vocabulary, those of a tile where the loss makes them in tiles
   flops: float  # of a call over all devices, without what rematerialisation does again
   work: float  # with it
+  attention: float  # of `work`, the products of queries, keys and values
   assumed: tuple[str, ...]  # what the data or the network would have said
   tx: Any = None  # the optimizer of a train step; None: a decoder
   loops: int = 1  # turns of a loop whose number the program does not know: new tokens of a decoder
@@ -153,7 +154,7 @@ def train_step(c: Reader, devices: Sequence[Any]) -> Built:
   args = (program.abstract, {k: place(*x) for k, x in batch.items()}, numbers)
   said = (*first, *second, *third)
   logits = _logits(m, batch.get("targets", batch["inputs"])[0], c.micro, setup.loss_options(c, m, found).logits)
-  work = program.flops(batch), program.flops(batch, again=True)
+  work = program.flops(batch), *(program.flops(batch, again=True, only=x) for x in ("", flops.ATTENTION))
   return Built(m, program.jitted, args, program.abstract, batch, c.micro, logits, *work, said, program.tx)
 
 
@@ -188,7 +189,7 @@ def decoder(c: Reader, devices: Sequence[Any], *, batch: int, length: int, new_t
   # two for each weight and token, read and written, without attention's own products
   work = 2.0 * trees.count(m.skeleton.shapes) * batch * (T + new_tokens * how.width)
   logits = _logits(m, (batch * how.width, 1), 1, 0.0)
-  return Built(m, made.jitted, args, params, spec, 1, logits, work, work, said, loops=new_tokens)
+  return Built(m, made.jitted, args, params, spec, 1, logits, work, work, 0.0, said, loops=new_tokens)
 
 
 def lower(of: Built) -> Any:

@@ -15,6 +15,7 @@ from jaxft.errors import InputError
 from jaxft.planning import build, hlo, targets
 
 Tree = Any
+KERNEL = 0.5  # of a TPU's peak that splash attention reaches, about
 KINDS = ("parameters", "frozen", "optimizer", "batch", "gradients", "logits", "activations")  # of memory
 OUT_OF_MEMORY = (  # what the compilers say
   r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
@@ -69,7 +70,7 @@ def make(of: build.Built, target: targets.Target, device: Any) -> Estimate:
   memory = _memory(of, found)
   peak = target.chip.peak if target.chip else flops.peak(device, of.model.skeleton.dtype)[0]
   module = hlo.read(text, loops=of.loops, devices=target.devices)
-  times, step, source = _times(module, of.work / target.devices, peak, target, compiled)
+  times, step, source = _times(module, of.work / target.devices, of.attention / target.devices, peak, target, compiled)
   rows, places = _places(of.batch)
   return Estimate(
     target=target.name, devices=target.devices, mesh={k: int(v) for k, v in of.model.mesh.shape.items()},
@@ -135,7 +136,7 @@ def _places(batch: Mapping[str, tuple]) -> tuple[int, int]:
 
 
 def _times(
-  module: hlo.Module, work: float, peak: float, target: targets.Target, compiled: bool
+  module: hlo.Module, work: float, attention: float, peak: float, target: targets.Target, compiled: bool
 ) -> tuple[dict[str, float], float, str]:
   """Returns ({what: seconds it takes by itself}, seconds that are expected, what that follows from)."""
   chip = target.chip
@@ -148,7 +149,12 @@ def _times(
   times |= dict(memory=module.bytes / chip.bandwidth, network=waited + beside)
   if module.cycles:
     times["compiler"] = module.cycles / chip.cores / chip.clock
-    return times, max(times["compiler"], beside) + waited, "the compiler's cycle counts, and the network where it waits"
+    source = "the compiler's cycle counts, and the network where it waits"
+    if module.kernels:  # of Pallas, which the compiler has no counts for
+      times["kernels"] = attention / peak / KERNEL
+      source += f"; attention kernels at {KERNEL:.0%} of the peak"
+    busy = times["compiler"] + times.get("kernels", 0.0)
+    return times, max(busy, beside) + waited, source
   best = max(times["arithmetic"], times["memory"], beside) + waited
   return times, best, "roofline: arithmetic, memory or network at full speed; no step is faster"
 

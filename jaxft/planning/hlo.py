@@ -53,17 +53,18 @@ class Module:
   collectives: tuple[Moved, ...]
   bytes: float  # through memory
   cycles: float  # as the compiler of TPUs estimates them; 0: it gave none
+  kernels: float  # runs of kernels that it gave none for
   unknown_loops: int  # whose number of turns is not in the text
 
 
 def read(text: str, *, loops: int = 1, devices: int = 1) -> Module:
   """Reads `compiled.as_text()`; `loops` are the turns of a loop whose number is not in it."""
   if not text:  # of a program that did not compile
-    return Module((), 0.0, 0.0, 0)
+    return Module((), 0.0, 0.0, 0.0, 0)
   computations, entry = parse(text)
   turns, unknown = _turns(computations, entry, loops)
   moved: list[Moved] = []
-  total = cycles = 0.0
+  total = cycles = kernels = 0.0
   for name, times in turns.items():
     lines = computations[name]
     shapes = {i.name: i.shape for i in lines}
@@ -73,8 +74,9 @@ def read(text: str, *, loops: int = 1, devices: int = 1) -> Module:
         moved.append(_moved(kind, i, times, devices))
       found = re.search(r'"estimated_cycles":"(\d+)"', i.rest)
       cycles += times * int(found.group(1)) if found else 0
+      kernels += times if 'custom_call_target="tpu_custom_call"' in i.rest and not found else 0
       total += times * _traffic(i, shapes, computations)
-  return Module(tuple(moved), total, cycles, unknown)
+  return Module(tuple(moved), total, cycles, kernels, unknown)
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:

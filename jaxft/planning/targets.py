@@ -42,7 +42,8 @@ class Chip:
 
 
 # TPUs: cloud.google.com/tpu/docs/system-architecture-tpu-vm; links and clocks as in Austin et al. 2025, "How to Scale
-# Your Model", chapter 2 (one-way, all axes). GPUs: data sheets of NVIDIA, memory as their driver counts it; `far` is a 400 Gb/s network card for each.
+# Your Model", chapter 2 (one-way, all axes). GPUs: data sheets of NVIDIA, memory as their driver counts it; `far` is a
+# 400 Gb/s network card for each.
 CHIPS: dict[str, Chip] = dict(
   v5e=Chip("tpu v5e", 15.75 * 2**30, 8.1e11, 1.8e11, 4, clock=1.5e9),
   v5p=Chip("tpu v5p", 95.74 * 2**30, 2.8e12, 5.4e11, 6, cores=2, clock=1.75e9),

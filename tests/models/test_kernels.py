@@ -14,7 +14,7 @@ import pytest
 
 from jaxft import sharding
 from jaxft.errors import InputError
-from jaxft.models import kernels
+from jaxft.models import kernels, layers
 from jaxft.models.scores import Mask, attend, in_blocks
 
 H = 16
@@ -243,3 +243,11 @@ def test_gradient_with_dropout():
         move = lambda e, i=i, way=way: [x + e * way if j == i else x for j, x in enumerate(args)]
         slope = (total(*move(1e-3)) - total(*move(-1e-3))) / 2e-3
         np.testing.assert_allclose(jnp.sum(grad * way), slope, rtol=2e-3)
+
+
+def test_gradient_of_dropout_passes_where_its_value_does():
+  words, x = jnp.array([3, 5], jnp.uint32), jnp.arange(1.0, 1001)
+  out, pull = jax.vjp(lambda x: layers.dropout(x, 0.3, words), x)
+  (grad,) = pull(jnp.ones_like(x))
+  np.testing.assert_allclose(grad, out / x)
+  assert 0.2 < np.mean(out == 0) < 0.4

@@ -170,24 +170,22 @@ def test_no_more_trials_than_asked_for(caplog):
 # ---- the cache
 
 
-def test_a_plan_is_made_once(monkeypatch, tmp_path, caplog):
+def test_a_plan_is_made_once(made, monkeypatch, tmp_path, caplog):
   monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
-  one_layer = dict(tiny().model, config=dict(tiny().model.config, num_hidden_layers=1))
-  small = lambda **change: tiny(model=one_layer, **change)
-  made, real = [], estimate.make
-  monkeypatch.setattr(estimate, "make", lambda *a: made.append(a) or real(*a))
+  asked = []
+  monkeypatch.setattr(estimate, "make", lambda built, *a: asked.append(built) or made[1])
+  monkeypatch.setattr(build, "train_step", lambda reader, devices: reader)
   one = lambda c, name="cpu": plans.plan(c, targets.parse(name))
-  first = one(small())
-  assert one(small()) == first and len(made) == 1
-  one(small(batch=16))
-  one(small(), "cpux2")
-  assert len(made) == 3
+  assert one(tiny()) == one(tiny()) == plans.Plan(made[1], None, None) and len(asked) == 1
+  one(tiny(batch=16))
+  one(tiny(), "cpux2")
+  assert len(asked) == 3
   for file in (tmp_path / "plans").glob("*.json"):
     file.write_text("{")
-  assert one(small()).estimate.memory == first.estimate.memory and "cannot be read" in caplog.text
+  assert one(tiny()).estimate == made[1] and "cannot be read" in caplog.text and len(asked) == 4
   monkeypatch.setattr(cache, "_versions", lambda: dict(jax="another"))
-  one(small())
-  assert len(made) == 5
+  one(tiny())
+  assert len(asked) == 5
 
 
 def test_picture_and_table(made):

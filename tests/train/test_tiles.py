@@ -55,8 +55,7 @@ def both(kind, json, rows, t, e=0.1, z=1e-2, params=None):
   return run(o), run(dataclasses.replace(o, logits=4.0 * B * t * 301))
 
 
-@pytest.mark.parametrize("kind, json", CASES)
-@pytest.mark.parametrize("t", [8, 24])
+@pytest.mark.parametrize("kind, json, t", [(*case, 8) for case in CASES] + [("t5", {}, 24)])
 def test_equal_to_the_whole(kind, json, t):
   (_, whole), grads = (x := both(kind, json, batch(kind), t))[0]
   (_, cut), cut_grads = x[1]

@@ -23,7 +23,6 @@ from jaxft.planning import shapes
 from jaxft.train import tiles
 
 log = logging.getLogger("jaxft")
-FIELDS_OF_ROWS = ("inputs", "targets")
 SEGMENTS = 8  # room for the labels of so many examples in a packed row, where the data would say how many
 
 

@@ -137,7 +137,7 @@ def _whole(e: Estimate, run: Run) -> list[str]:
 
 
 def _hosts(e: Estimate) -> int:
-  return 1 if e.devices <= 8 and not e.target.startswith(("v4", "v5p")) else max(1, e.devices // _of_a_host(e.target))
+  return 1 if e.devices <= 8 and not e.target.startswith("v5p") else max(1, e.devices // _of_a_host(e.target))
 
 
 def _of_a_host(target: str) -> int:

@@ -87,15 +87,10 @@ def each_token(logits_BTC: jax.Array, batch: dict, o: Options) -> tuple[jax.Arra
   return weighted(logits_BTC, batch["targets"], weights, label_smoothing=o.label_smoothing, z_loss=o.z_loss)
 
 
-def masked(model: Any, hidden_BTD, batch: dict, key, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
+def masked(model: Any, batch: dict, key: jax.Array | None, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
   """Cross-entropy of what was masked, `targets` at their own places, under the head over the vocabulary."""
-  return over_vocabulary(model, hidden_BTD, batch["targets"], batch["weights"], o, key)
-
-
-def mask_only(model: Any, batch: dict, key: jax.Array | None, o: Options) -> tuple[jax.Array, jax.Array, Sums]:
-  """`masked` for a model that predicts nothing else."""
   body, head = (None,) * 2 if key is None else layers.keys(key, 2)
-  return masked(model, model.hidden(batch, body), batch, head, o)
+  return over_vocabulary(model, model.hidden(batch, body), batch["targets"], batch["weights"], o, head)
 
 
 def log_probabilities(kind: str, model: Any, batch: dict) -> jax.Array:
@@ -162,7 +157,7 @@ def masked_and_next(model: Any, batch: dict, key: jax.Array | None, o: Options) 
   """
   body, head, other = (None,) * 3 if key is None else layers.keys(key, 3)
   hidden = model.hidden(batch, body)
-  loss, weight, sums = masked(model, hidden, batch, head, o)
+  loss, weight, sums = over_vocabulary(model, hidden, batch["targets"], batch["weights"], o, head)
   logits = model.classified(hidden, batch["input_segments"], batch["label_weights"].shape[1], other, "nsp")
   nsp, examples, more = weighted(logits, batch["labels"], batch["label_weights"], label_smoothing=0.0, z_loss=0.0)
   beside = dict(nsp=nsp, nsp_correct=more["correct"], nsp_weight=examples)
@@ -181,7 +176,7 @@ WHOLE = dict(
   causal=next_token,
   sft=next_token,
   prefix_lm=next_token,
-  mlm=mask_only,
+  mlm=masked,
   mlm_nsp=masked_and_next,
 )
 

@@ -6,9 +6,7 @@ padding, prompts and unmasked tokens cost nothing. Letters as in models/heads.py
 """
 
 import functools
-import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +15,8 @@ import jax.numpy as jnp
 from jaxft import sharding
 from jaxft.models import layers
 
-log = logging.getLogger("jaxft")
 Tree = Any
 Sums = tuple[jax.Array, jax.Array, jax.Array]  # f32[]: loss, nll, correct, each times its weight
-Forward = Callable[[jax.Array, jax.Array, Any, Any], tuple[tuple, tuple]]
 LANES = 128  # tiles are multiples of it where rows are long enough: matrix units like that
 
 

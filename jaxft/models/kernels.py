@@ -45,7 +45,7 @@ def attention(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask: Any, rate: float, key, sof
   if not isinstance(mask, Mask):  # bool [B, 1, T, S], of one new token
     return attend(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask, rate, key, softcap)
   name, reasons = choose(q_BTNH, k_BSGH, bias_NTS, mask, rate, softcap, how)
-  if how != name:  # chosen here
+  if how != name and (reasons or name != "dense"):  # chosen here, and there was something to choose
     _say(q_BTNH.shape, k_BSGH.shape, mask, name, reasons)
   if name == "splash":
     return _splash(q_BTNH, k_BSGH, v_BSGH, mask, softcap)

@@ -21,11 +21,11 @@ def define_config() -> flags.FlagHolder:
   )
 
 
-def run(define: Callable[[], Any], main: Callable[[Any], int | None], usage: str) -> None:
-  """Parses the flags that `define()` makes, runs `main(flags)` and exits with its code; `usage` heads the text of
-  --help.
+def parse(define: Callable[[], Any], usage: str) -> Any:
+  """Makes the flags by `define()`, reads the command line into them and returns them; --help and what is wrong end the
+  process. `usage` heads the text of --help.
 
-  Flags are made here and not when a binary is imported, so that a notebook can import several.
+  A binary calls this before its slow imports; flags are made here, so that a notebook can import several binaries.
   """
   before = set(flags.FLAGS)
   made = define()
@@ -36,15 +36,21 @@ def run(define: Callable[[], Any], main: Callable[[Any], int | None], usage: str
       print(f"  --{f.name:<15} {f.help}{default}")
     print("  --config.a.b=value  Any field of the config." if "config" in flags.FLAGS else "")
     sys.exit(0)
-  app.run(lambda _: errors.run(lambda _: main(made), []), flags_parser=lambda argv: _parse(argv))
+  _parse(sys.argv)
+  return made
 
 
-def _parse(argv: list[str]) -> list[str]:
+def run(main: Callable[[Any], int | None], made: Any) -> None:
+  """Runs `main(made)`, with the flags that `parse` returned, and exits with its code."""
+  app.run(lambda _: errors.run(lambda _: main(made), []), sys.argv[:1], flags_parser=lambda argv: argv)
+
+
+def _parse(argv: list[str]) -> None:
   try:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise errors.InputError(f"unexpected words on the command line: {' '.join(rest[1:])}. Flags are --name=value.")
-    return rest
+    return
   except errors.Stop as e:
     problem = str(e)
   except flags.Error as e:

@@ -10,7 +10,38 @@ import types
 
 from absl import flags
 
-from jaxft import cli, cluster, decoding, display, observe, programs
+from jaxft import cli
+
+
+def define() -> types.SimpleNamespace:
+  return types.SimpleNamespace(
+    model=flags.DEFINE_string("model", None, "Hugging Face folder, Hub id, or run folder (its best checkpoint)."),
+    input=flags.DEFINE_string("input", None, "JSON Lines file (or csv, tsv, parquet, txt; .gz)."),
+    output=flags.DEFINE_string("output", None, "JSON Lines file to write."),
+    template=flags.DEFINE_string("template", "", "Input text with {fields}; empty: that of the run, else {input}."),
+    pair=flags.DEFINE_string("pair", "", "Template of the text beside it, for models that label pairs."),
+    checkpoint=flags.DEFINE_string("checkpoint", "best", "Of a run folder: best, latest or a step."),
+    max_new_tokens=flags.DEFINE_integer("max_new_tokens", None, "Most new tokens (unset: as the model says, or 256)."),
+    beams=flags.DEFINE_integer("beams", None, "Beams; 1 is greedy."),
+    length_penalty=flags.DEFINE_float("length_penalty", None, "Beam scores are divided by length ** penalty."),
+    temperature=flags.DEFINE_float("temperature", None, "Above 0: sampling."),
+    top_k=flags.DEFINE_integer("top_k", None, "Sampling from the k likeliest tokens."),
+    top_p=flags.DEFINE_float("top_p", None, "Sampling from the likeliest tokens that hold this probability."),
+    samples=flags.DEFINE_integer("samples", None, "Answers a row."),
+    seed=flags.DEFINE_integer("seed", 0, "Of sampling."),
+    batch=flags.DEFINE_integer("batch", 32, "Rows decoded at a time, over all devices."),
+    length=flags.DEFINE_integer("inputs_length", None, "Longest input (unset: 1024), or window, in tokens."),
+    too_long=flags.DEFINE_enum("too_long", "error", ["error", "truncate"], "What becomes of longer inputs."),
+    dtype=flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations and weights."),
+    scores=flags.DEFINE_bool("scores", False, "Write log-probabilities and whether the answer was cut."),
+    overwrite=flags.DEFINE_bool("overwrite", False, "Replace an existing output."),
+  )
+
+
+if __name__ == "__main__":
+  FLAGS = cli.parse(define, __doc__)  # --help and wrong flags need none of the imports below, which take seconds
+
+from jaxft import cluster, decoding, display, observe, programs
 from jaxft.errors import InputError
 from jaxft.infer import batch_decode
 
@@ -55,33 +86,6 @@ def decode(
   return report
 
 
-def define() -> types.SimpleNamespace:
-  return types.SimpleNamespace(
-    model=flags.DEFINE_string("model", None, "Hugging Face folder, Hub id, or run folder (its best checkpoint)."),
-    input=flags.DEFINE_string("input", None, "JSON Lines file (or csv, tsv, parquet, txt; .gz)."),
-    output=flags.DEFINE_string("output", None, "JSON Lines file to write."),
-    template=flags.DEFINE_string("template", "", "Input text with {fields}; empty: that of the run, else {input}."),
-    pair=flags.DEFINE_string("pair", "", "Template of the text beside it, for models that label pairs."),
-    checkpoint=flags.DEFINE_string("checkpoint", "best", "Of a run folder: best, latest or a step."),
-    max_new_tokens=flags.DEFINE_integer(
-      "max_new_tokens", None, "Most tokens an answer may have; unset: as the model says, else 256."
-    ),
-    beams=flags.DEFINE_integer("beams", None, "Beams; 1 is greedy."),
-    length_penalty=flags.DEFINE_float("length_penalty", None, "Beam scores are divided by length ** penalty."),
-    temperature=flags.DEFINE_float("temperature", None, "Above 0: sampling."),
-    top_k=flags.DEFINE_integer("top_k", None, "Sampling from the k likeliest tokens."),
-    top_p=flags.DEFINE_float("top_p", None, "Sampling from the likeliest tokens that hold this probability."),
-    samples=flags.DEFINE_integer("samples", None, "Answers a row."),
-    seed=flags.DEFINE_integer("seed", 0, "Of sampling."),
-    batch=flags.DEFINE_integer("batch", 32, "Rows decoded at a time, over all devices."),
-    length=flags.DEFINE_integer("inputs_length", None, "Longest input (unset: 1024), or window, in tokens."),
-    too_long=flags.DEFINE_enum("too_long", "error", ["error", "truncate"], "What becomes of longer inputs."),
-    dtype=flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations and weights."),
-    scores=flags.DEFINE_bool("scores", False, "Write log-probabilities and whether the answer was cut."),
-    overwrite=flags.DEFINE_bool("overwrite", False, "Replace an existing output."),
-  )
-
-
 def main(f: types.SimpleNamespace) -> int:
   if not (f.model.value and f.input.value and f.output.value):
     raise InputError("--model, --input and --output are needed; see --help.")
@@ -112,4 +116,4 @@ def main(f: types.SimpleNamespace) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(define, main, __doc__)
+  cli.run(main, FLAGS)

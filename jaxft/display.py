@@ -3,6 +3,7 @@ terminal.
 """
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +52,22 @@ def _cell(value: Any) -> str:
       else f"{value:.3g}"
     )
   return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def gib(n: float) -> str:
+  """Returns bytes in GiB, as a number alone."""
+  return f"{n / 2**30:,.2f}" if n < 100 * 2**30 else f"{n / 2**30:,.0f}"
+
+
+def size(n: float) -> str:
+  """Returns bytes in GiB or MiB."""
+  return f"{gib(n)} GiB" if n >= 2**30 else f"{n / 2**20:,.1f} MiB"
+
+
+def si(n: float) -> str:
+  """Returns a number in three digits and a prefix: 1234567 is 1.23M."""
+  power = min(int(math.log10(n) // 3), 6) if n >= 1 else 0
+  return f"{n / 10 ** (3 * power):.3g}{' kMGTPE'[power].strip()}"
 
 
 class Bar:

@@ -4,18 +4,26 @@ Versions against the tested ranges, devices, which model families and heads ther
 what will be slow on this machine.
 """
 
+import types
+
+from jaxft import cli
+
+if __name__ == "__main__":
+  FLAGS = cli.parse(
+    types.SimpleNamespace, __doc__
+  )  # --help and wrong flags need none of the imports below, which take seconds
+
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import re
 import shutil
-import types
 
 import jax
 from packaging import specifiers
 
-from jaxft import cli, display, flops, modeling, observe
+from jaxft import display, flops, modeling, observe
 from jaxft.families import registry
 
 EXTRAS = dict(  # package -> what it is for
@@ -91,4 +99,4 @@ def main(_: types.SimpleNamespace) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(types.SimpleNamespace, main, __doc__)
+  cli.run(main, FLAGS)

@@ -5,16 +5,33 @@ Runs the evaluations of the config (with --workdir and no --config: those of the
 --watch follows a run and evaluates each new checkpoint once, until the run has ended.
 """
 
-import json
-import pathlib
-import time
 import types
 
-import jax
 from absl import flags
+
+from jaxft import cli
+
+
+def define() -> types.SimpleNamespace:
+  return types.SimpleNamespace(
+    config=cli.define_config(),
+    workdir=flags.DEFINE_string("workdir", "", "Folder of a run."),
+    model=flags.DEFINE_string("model", "", "Folder or Hub id of a model, in place of a run."),
+    checkpoint=flags.DEFINE_string("checkpoint", "best", "best, latest or a step."),
+    watch=flags.DEFINE_bool("watch", False, "Follow the run: evaluate each new checkpoint once."),
+    output=flags.DEFINE_string("output", "", "Folder for samples and eval.jsonl; empty: the run's, none for --model."),
+  )
+
+
+if __name__ == "__main__":
+  FLAGS = cli.parse(define, __doc__)  # --help and wrong flags need none of the imports below, which take seconds
+
+import pathlib
+import time
+
 from ml_collections import ConfigDict
 
-from jaxft import cli, cluster, config, display, evaluations, modeling, observe, programs, runs, setup
+from jaxft import cluster, config, evaluations, modeling, observe, programs, runs, setup
 from jaxft.errors import InputError, StorageError
 from jaxft.train import workdir
 
@@ -39,11 +56,11 @@ def evaluate(
     reader = config.Reader(c)
     m = setup.model_to_judge(reader, modeling.source(reader))
     target = pathlib.Path(output) if output else None
-    return _run(evaluations.make(reader, m, target, needed=True), modeling.load(m, c.seed), 0, target, name)
+    return evaluations.run(evaluations.make(reader, m, target, needed=True), modeling.load(m, c.seed), 0, target, name)
   reader, m, checkpointer = _open(c, folder)
   step, target = runs.pick(checkpointer, which), pathlib.Path(output or workdir.path(folder))
   evaluators = evaluations.make(reader, m, target, needed=True)
-  return _run(evaluators, runs.weights(m, checkpointer, step), step, target, f"{folder} step {step}")
+  return evaluations.run(evaluators, runs.weights(m, checkpointer, step), step, target, f"{folder} step {step}")
 
 
 def watch(c: ConfigDict | None, *, folder: str, output: str = "") -> None:
@@ -68,7 +85,7 @@ def watch(c: ConfigDict | None, *, folder: str, output: str = "") -> None:
           raise
         observe.log.info("Step %d went away while it was read (%s).", step, type(e).__name__)
         continue
-      _run(evaluators, params, step, target, f"{folder} step {step}")
+      evaluations.run(evaluators, params, step, target, f"{folder} step {step}")
       done.add(step)
     if ended:
       return
@@ -78,27 +95,6 @@ def watch(c: ConfigDict | None, *, folder: str, output: str = "") -> None:
 def _open(c: ConfigDict | None, folder: str):
   reader, m, checkpointer = runs.run(folder)
   return (config.Reader(config.check(ConfigDict(c))) if c is not None else reader), m, checkpointer
-
-
-def _run(evaluators: list, params, step: int, target: pathlib.Path | None, name: str) -> dict[str, float]:
-  values = {f"eval/{e.name}/{k}": v for e in evaluators for k, v in e.run(params, step).items()}
-  if target and jax.process_index() == 0:
-    target.mkdir(parents=True, exist_ok=True)
-    with open(target / "eval.jsonl", "a", encoding="utf-8") as f:
-      f.write(json.dumps(dict(step=step, model=name, **values)) + "\n")
-  observe.log.info("%s", display.table(f"Evaluation of {name}", ("metric", "value"), values.items()))
-  return values
-
-
-def define() -> types.SimpleNamespace:
-  return types.SimpleNamespace(
-    config=cli.define_config(),
-    workdir=flags.DEFINE_string("workdir", "", "Folder of a run."),
-    model=flags.DEFINE_string("model", "", "Folder or Hub id of a model, in place of a run."),
-    checkpoint=flags.DEFINE_string("checkpoint", "best", "best, latest or a step."),
-    watch=flags.DEFINE_bool("watch", False, "Follow the run: evaluate each new checkpoint once."),
-    output=flags.DEFINE_string("output", "", "Folder for samples and eval.jsonl; empty: the run's, none for --model."),
-  )
 
 
 def main(f: types.SimpleNamespace) -> int:
@@ -116,4 +112,4 @@ def main(f: types.SimpleNamespace) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(define, main, __doc__)
+  cli.run(main, FLAGS)

@@ -1,10 +1,12 @@
 """From the `evals` of a config to evaluators, for the loop and for the evaluation binary."""
 
 import functools
+import json
 import logging
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxft import display, kinds, modeling, setup
@@ -119,3 +121,15 @@ def _generate(m: modeling.Model, name: str, e: dict, data: cache.Store, folder: 
   return evaluators.GenerateEvaluator(
     name, e["every"], generator=engine, store=data, names=e["metrics"], samples=e["samples"], folder=folder,
     progress=bar)  # fmt: skip
+
+
+def run(evaluators: list, params: Any, step: int, target: pathlib.Path | None, name: str) -> dict[str, float]:
+  """Returns {"eval/NAME/METRIC": value} of parameters, logged as a table and, with `target`, appended to
+  target/eval.jsonl."""
+  values = {f"eval/{e.name}/{k}": v for e in evaluators for k, v in e.run(params, step).items()}
+  if target and jax.process_index() == 0:
+    target.mkdir(parents=True, exist_ok=True)
+    with open(target / "eval.jsonl", "a", encoding="utf-8") as f:
+      f.write(json.dumps(dict(step=step, model=name, **values)) + "\n")
+  log.info("%s", display.table(f"Evaluation of {name}", ("metric", "value"), values.items()))
+  return values

@@ -5,15 +5,32 @@ The folder loads with transformers' from_pretrained. What was written is read ag
 printed.
 """
 
-import pathlib
 import types
+
+from absl import flags
+
+from jaxft import cli
+
+
+def define() -> types.SimpleNamespace:
+  return types.SimpleNamespace(
+    workdir=flags.DEFINE_string("workdir", None, "Folder of the run."),
+    output=flags.DEFINE_string("output", None, "Folder to write; must not exist yet, or be empty."),
+    checkpoint=flags.DEFINE_string("checkpoint", "best", "best, latest or a step."),
+    dtype=flags.DEFINE_string("dtype", "", "float32, bfloat16 or float16; empty: as the run's config says."),
+  )
+
+
+if __name__ == "__main__":
+  FLAGS = cli.parse(define, __doc__)  # --help and wrong flags need none of the imports below, which take seconds
+
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
-from jaxft import cli, hub, kinds, modeling, observe, runs, setup
+from jaxft import hub, kinds, modeling, observe, runs, setup
 from jaxft.errors import InputError, NumbersError
 
 
@@ -58,15 +75,6 @@ def export(folder: str, output: str, which: str, dtype: str) -> float:
   return write(m, runs.weights(m, checkpointer, step), target, **{**how, "dtype": dtype or how["dtype"]})
 
 
-def define() -> types.SimpleNamespace:
-  return types.SimpleNamespace(
-    workdir=flags.DEFINE_string("workdir", None, "Folder of the run."),
-    output=flags.DEFINE_string("output", None, "Folder to write; must not exist yet, or be empty."),
-    checkpoint=flags.DEFINE_string("checkpoint", "best", "best, latest or a step."),
-    dtype=flags.DEFINE_string("dtype", "", "float32, bfloat16 or float16; empty: as the run's config says."),
-  )
-
-
 def main(f: types.SimpleNamespace) -> int:
   if not f.workdir.value or not f.output.value:
     raise InputError("--workdir=RUN and --output=FOLDER are needed.")
@@ -76,4 +84,4 @@ def main(f: types.SimpleNamespace) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(define, main, __doc__)
+  cli.run(main, FLAGS)

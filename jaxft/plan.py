@@ -5,14 +5,41 @@ data: memory by kind, whether it fits, time, cost. Targets: v5e:4x4, v5p:2x2x2, 
 'jaxft[tpu]'), h100x8, h200x8, a100x8, l4, b200x8 ('jaxft[gpu]'), cpu, cpux8. Exit code 1: it does not fit.
 """
 
-import math
-import pathlib
 import types
 
 from absl import flags
+
+from jaxft import cli
+
+
+def define() -> types.SimpleNamespace:
+  return types.SimpleNamespace(
+    config=cli.define_config(),
+    target=flags.DEFINE_string("target", "", "Devices to plan for, such as v5p:2x2x2, h100x8, cpu."),
+    sweep_targets=flags.DEFINE_string("sweep_targets", "", "Several, for a table: v5e:4x4,h100x8, or all."),
+    trials=flags.DEFINE_integer("trials", 4, "Changes that are compiled at most where it does not fit; 0: none."),
+    examples=flags.DEFINE_integer("examples", 0, "Training examples, for the steps of a config that has epochs."),
+    example_tokens=flags.DEFINE_integer("example_tokens", 0, "Mean tokens of one, for packed rows; 0: a row each."),
+    price=flags.DEFINE_float("price", 0.0, "Price of a device and hour."),
+    disk=flags.DEFINE_float("disk", 0.5, "GB/s that a host writes checkpoints with."),
+    picture=flags.DEFINE_string("picture", "", "PNG file for the memory by kind."),
+    decode=flags.DEFINE_bool("decode", False, "Plan batch decode with the model of the config, not training."),
+    batch=flags.DEFINE_integer("batch", 16, "Decode: rows at a time."),
+    length=flags.DEFINE_integer("length", 512, "Decode: tokens of a prompt."),
+    new_tokens=flags.DEFINE_integer("new_tokens", 128, "Decode: tokens of an answer."),
+    beams=flags.DEFINE_integer("beams", 1, "Decode: beams."),
+  )
+
+
+if __name__ == "__main__":
+  FLAGS = cli.parse(define, __doc__)  # --help and wrong flags need none of the imports below, which take seconds
+
+import math
+import pathlib
+
 from ml_collections import ConfigDict
 
-from jaxft import cli, observe
+from jaxft import observe
 from jaxft.errors import InputError
 from jaxft.planning import build, plans, show, targets
 
@@ -60,24 +87,5 @@ def main(f: types.SimpleNamespace) -> int:
   return 0 if any(p.estimate.fits for p in made.values()) else 1
 
 
-def define() -> types.SimpleNamespace:
-  return types.SimpleNamespace(
-    config=cli.define_config(),
-    target=flags.DEFINE_string("target", "", "Devices to plan for, such as v5p:2x2x2, h100x8, cpu."),
-    sweep_targets=flags.DEFINE_string("sweep_targets", "", "Several, for a table: v5e:4x4,h100x8, or all."),
-    trials=flags.DEFINE_integer("trials", 4, "Changes that are compiled at most where it does not fit; 0: none."),
-    examples=flags.DEFINE_integer("examples", 0, "Training examples, for the steps of a config that has epochs."),
-    example_tokens=flags.DEFINE_integer("example_tokens", 0, "Mean tokens of one, for packed rows; 0: a row each."),
-    price=flags.DEFINE_float("price", 0.0, "Price of a device and hour."),
-    disk=flags.DEFINE_float("disk", 0.5, "GB/s that a host writes checkpoints with."),
-    picture=flags.DEFINE_string("picture", "", "PNG file for the memory by kind."),
-    decode=flags.DEFINE_bool("decode", False, "Plan batch decode with the model of the config, not training."),
-    batch=flags.DEFINE_integer("batch", 16, "Decode: rows at a time."),
-    length=flags.DEFINE_integer("length", 512, "Decode: tokens of a prompt."),
-    new_tokens=flags.DEFINE_integer("new_tokens", 128, "Decode: tokens of an answer."),
-    beams=flags.DEFINE_integer("beams", 1, "Decode: beams."),
-  )
-
-
 if __name__ == "__main__":
-  cli.run(define, main, __doc__)
+  cli.run(main, FLAGS)

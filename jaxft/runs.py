@@ -4,12 +4,15 @@ import contextlib
 import json
 import logging
 import pathlib
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from jaxft import config, kinds, modeling, setup, sharding, trees
+from jaxft import config, display, kinds, modeling, report, setup, sharding, trees
 from jaxft.config import Reader
 from jaxft.errors import InputError, NumbersError, StorageError
 from jaxft.train import checkpoint, loop, workdir
@@ -139,3 +142,36 @@ def best_of(m: modeling.Model, checkpointer: checkpoint.Checkpointer, outcome: l
     except StorageError as e:
       log.warning("%s The last step is exported in place of the best one.", e)
   return outcome.step, train_step.whole(outcome.state)
+
+
+def start(c: Reader, m: modeling.Model, t: setup.Trainer, checkpointer: checkpoint.Checkpointer, data: str) -> tuple:
+  """Returns (state, evaluations) of the last good checkpoint, or those of step 0; `data` names the training data."""
+  restored = checkpointer.restore(t.abstract)
+  if not restored:
+    return train_step.init_state(modeling.load(m, c.seed, fresh=True), c.seed, t.tx, t.abstract), []
+  state, meta = restored
+  if meta["data"] != data:
+    raise InputError(
+      f"data.train (or the tokenizer, or how it is cleaned) is not what step {int(state.step)} of this work directory "
+      "was trained on. Put it back as it was, or give another --workdir; to train on from these weights, set "
+      "model.init to an export of this run."
+    )
+  log.info("Going on from the checkpoint of step %d.", int(state.step))
+  return state, loop.evals_of(meta)
+
+
+def tell(home: pathlib.Path, whole: ConfigDict, outcome: loop.Outcome, best: int, data: str) -> None:
+  """Writes the report and the card of a run that has ended, and logs its results; `data` says what it was trained on,
+  `best` the step that was exported."""
+  ended = dict(ended=outcome.reason, step=outcome.step, exported_step=best)
+  facts = {
+    "Differs from the defaults": {k: v for k, (_, v) in config.differences(whole).items()},
+    "Outcome": ended,
+    "Data": data,
+  }
+  report.write(home, title=f"Run {home.name}", command=f"python -m jaxft.main {shlex.join(sys.argv[1:])}", facts=facts)
+  rows = ((k, *v) for k, v in report.final_metrics(home).items())
+  log.info("%s", display.table("Results", ("metric", "first", "last", "at step"), rows))
+  for name, pairs in report.before_and_after(home, 4).items():
+    log.info("%s\n", display.examples(f"Examples of {name}", pairs))
+  log.info("Curves and samples: %s; the model: %s", home / "report.html", home / "export")

@@ -5,13 +5,11 @@ One process trains all trials, each in a run folder of its own, and compiles aga
 The same command goes on where an earlier one stopped. --sweep takes a file too: configs/sweeps/*.py, docs/sweep.md.
 """
 
-import pathlib
-import time
 import types
 
 from absl import flags
 
-from jaxft import cli, main, tuning
+from jaxft import cli
 
 
 def define() -> types.SimpleNamespace:
@@ -20,6 +18,15 @@ def define() -> types.SimpleNamespace:
     sweep=flags.DEFINE_string("sweep", "", "File with get_sweep(), or NAME=VALUES ... as in docs/sweep.md."),
     workdir=flags.DEFINE_string("workdir", "", "Folder of the runs; empty: runs/sweep-CONFIG-TIME. Again: go on."),
   )
+
+
+if __name__ == "__main__":
+  FLAGS = cli.parse(define, __doc__)  # --help and wrong flags need none of the imports below, which take seconds
+
+import pathlib
+import time
+
+from jaxft import main, tuning
 
 
 def sweep(f: types.SimpleNamespace) -> int:
@@ -31,4 +38,4 @@ def sweep(f: types.SimpleNamespace) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(define, sweep, __doc__)
+  cli.run(sweep, FLAGS)

@@ -270,7 +270,7 @@ for argv, path in json.load(sys.stdin):
     for stream, name in ((1, ".out"), (2, ".err")):
       os.dup2(os.open(path + name, os.O_WRONLY | os.O_CREAT), stream)
     sys.argv = argv
-    cli.run(main.define, main.main, main.__doc__)
+    cli.run(main.main, cli.parse(main.define, main.__doc__))
   print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 

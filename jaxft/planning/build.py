@@ -139,6 +139,23 @@ def batch_spec(c: Reader, m: modeling.Model, found: Facts) -> tuple[dict[str, tu
   return out, says
 
 
+def made_up(m: modeling.Model, spec: dict[str, tuple], seed: int = 0) -> dict[str, np.ndarray]:
+  """Returns a batch of full rows for what `batch_spec` says: random tokens and labels, every weight 1, as many examples
+  a row as there is room for labels."""
+  rng, kind, made = np.random.default_rng(seed), m.skeleton.kind, {}
+  examples = spec["label_weights"][0][1] if "label_weights" in spec else 1
+  for name, (shape, dtype) in spec.items():
+    if name.endswith("segments"):
+      made[name] = np.broadcast_to(1 + np.arange(shape[1]) * examples // shape[1], shape).astype(dtype)
+    elif "weights" in name:
+      made[name] = np.ones(shape, dtype)
+    elif name == "inputs" or (name == "targets" and kind in ("lm", "mlm", "mlm_nsp")):
+      made[name] = rng.integers(0, m.skeleton.generation["vocab"], shape).astype(dtype)
+    else:
+      made[name] = (rng.random(shape) if np.issubdtype(dtype, np.floating) else rng.integers(0, 2, shape)).astype(dtype)
+  return made
+
+
 def train_step(c: Reader, devices: Sequence[Any]) -> Built:
   """Returns the train step of a config for a mesh of `devices`, which need not be there."""
   source, first = model_source(c)

@@ -1,7 +1,6 @@
 """A plan as people read it: one screen of text, a table over targets, a picture of the memory."""
 
 import io
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from jaxft import display, observe
+from jaxft.display import gib, si, size
 from jaxft.planning import plans
 from jaxft.planning.estimate import KINDS, Estimate
 
@@ -36,21 +36,8 @@ class Run(NamedTuple):
   decode: bool
 
 
-def gib(n: float) -> str:
-  return f"{n / 2**30:,.2f}" if n < 100 * 2**30 else f"{n / 2**30:,.0f}"
-
-
-def size(n: float) -> str:
-  return f"{gib(n)} GiB" if n >= 2**30 else f"{n / 2**20:,.1f} MiB"
-
-
 def count(n: int) -> str:
   return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
-
-
-def si(n: float) -> str:
-  power = min(int(math.log10(n) // 3), 6) if n >= 1 else 0
-  return f"{n / 10 ** (3 * power):.3g}{' kMGTPE'[power].strip()}"
 
 
 def screen(name: str, plan: plans.Plan, run: Run) -> str:

@@ -336,7 +336,7 @@ class _Saver:
       evals=[[s, {k: v if math.isfinite(v) else str(v) for k, v in values.items()}] for s, values in self._judge.evals]
     )
     if self._checkpointer.save(step, state, metrics=self._judge.metrics(step), extra=extra):
-      self._observer.log(step, {"save/stall_seconds": time.perf_counter() - began})
+      observe.log.debug("saving step %d, training stood still for %.2f s", step, time.perf_counter() - began)
     elif measured:
       self._checkpointer.annotate(step, metrics=self._judge.metrics(step), extra=extra)
     self._since = time.monotonic()

@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 
-import seq2seq_cpu
+import contest
 import task_sets
 import tasks_sides
 
@@ -100,10 +100,10 @@ def run(side: str, start: pathlib.Path, **given) -> dict:
   path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
   more = dict(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="true")
   done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=path, **more))
-  found = [x for x in done.stdout.splitlines() if x.startswith(seq2seq_cpu.MARK)]
+  found = [x for x in done.stdout.splitlines() if x.startswith(contest.MARK)]
   if done.returncode or not found:
     raise SystemExit(f"{shlex.join(command)}\nended with status {done.returncode}:\n{done.stderr[-4000:]}")
-  return json.loads(found[-1].removeprefix(seq2seq_cpu.MARK))
+  return json.loads(found[-1].removeprefix(contest.MARK))
 
 
 def batch_of(args: argparse.Namespace, name: str) -> int:
@@ -313,7 +313,7 @@ def main() -> None:
     return tasks_sides.SIDES[args.side](args)
   if args.write_docs:
     return write_docs(pathlib.Path(args.output))
-  before, entries = seq2seq_cpu.machine(), {}
+  before, entries = contest.machine(), {}
   flags = (w for w in re.split(r"\s+(?=--)", " ".join(sys.argv[1:])) if not w.startswith(PLACES))
   command = " ".join(["python benchmarks/tasks_cpu.py --data=FOLDER", *flags])
   for name in ["shakespeare"] if args.mode == "lm" else args.tasks:

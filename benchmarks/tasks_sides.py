@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from seq2seq_cpu import MARK
+from contest import MARK
 from task_sets import CASES, Case, lines
 
 DECAY, CLIP, WARMUP, STRIDE = 0.01, 1.0, 0.1, 128

@@ -7,7 +7,8 @@ and the vocabularies tok_t5 (sentencepiece.model), tok_bert (google_uncased_en_v
 vocab.bpe). Every side trains the same architecture from fresh weights in float32 with AdamW, clipping at 1.0 and the
 dropout of the architecture, on about the same examples a step. Trainer pads to the longest of a batch, as its
 documentation has it, or (`grouped`) draws batches of similar length, or (`compiled`) has torch_compile=True besides;
-GPT-2 takes blocks of 256 tokens on all sides, as run_clm.py makes them. jaxft packs. A token counts if it is real.
+GPT-2 and Llama take blocks of 256 tokens on all sides, as run_clm.py makes them. jaxft packs. A token counts if it is
+real. --tunix and --flax name interpreters that have the JAX peers (peers_jax.py).
 Results go to benchmarks/results/peers_cpu.json; benchmarks/performance.py makes the page of them.
 """
 
@@ -23,11 +24,19 @@ import sys
 import tempfile
 
 import contest
+import peers_jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "peers_cpu.json"
 LR, DECAY, CLIP, MANY = 1e-4, 0.01, 1.0, 10**6
-CONTESTANTS = ("jaxft", "trainer", "trainer-grouped", "trainer-compiled")
+CONTESTANTS = ("jaxft", "trainer", "trainer-grouped", "trainer-compiled", "tunix", "flax-t5")
+
+
+TEMPLATES = dict(  # of jaxft's task
+  seq2seq=dict(input="{en}", target="{de}"),
+  causal=dict(input="{text}"),
+  classify=dict(input="{sentence1}", pair="{sentence2}", labels=("no", "yes")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,24 +58,44 @@ def t5(width: int, mlp: int, layers: int, heads: int, **more) -> dict:
 
 
 CASES = {
-  "t5-small": Case("seq2seq", "t5", 64, 128, t5(512, 2048, 6, 8, feed_forward_proj="relu")),
+  "t5-small": Case("seq2seq", "t5", 32, 128, t5(512, 2048, 6, 8, feed_forward_proj="relu")),
   "bert-base": Case(
-    "classify", "bert", 32, 128,
+    "classify", "bert", 16, 128,
     dict(model_type="bert", vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
          intermediate_size=3072, hidden_act="gelu", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
          max_position_embeddings=512, type_vocab_size=2, layer_norm_eps=1e-12, pad_token_id=0)),
   "gpt2": Case(
-    "causal", "gpt2", 4, 256,
+    "causal", "gpt2", 2, 256,
     dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12,
          activation_function="gelu_new", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, layer_norm_epsilon=1e-5,
          bos_token_id=50256, eos_token_id=50256)),
+  "llama-50m": Case(
+    "causal", "gpt2", 4, 256,
+    dict(model_type="llama", vocab_size=50257, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+         num_attention_heads=8, num_key_value_heads=4, rope_theta=10000.0, rms_norm_eps=1e-5, hidden_act="silu",
+         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=50256, eos_token_id=50256)),
   "t5-10m": Case("seq2seq", "t5", 64, 128, t5(192, 512, 3, 3, feed_forward_proj="gated-gelu")),
 }  # fmt: skip
 
 
-def contestants(case: Case) -> tuple[str, ...]:
-  """Returns who takes part: blocks of one length need no grouping."""
-  return tuple(n for n in CONTESTANTS if n != "trainer-grouped" or case.kind != "causal")
+def contestants(case: Case, args: argparse.Namespace) -> list[str]:
+  """Returns who takes part: blocks of one length need no grouping, and the JAX peers have models of one kind."""
+  wanted = {n: True for n in args.contestants}
+  wanted["trainer-grouped"] = "trainer-grouped" in wanted and case.kind != "causal"
+  wanted["tunix"] = bool(args.tunix) and case.model["model_type"] == "llama"
+  wanted["flax-t5"] = bool(args.flax) and case.model["model_type"] == "t5"
+  return [n for n in CONTESTANTS if wanted.get(n)]
+
+
+def interpreter(name: str, args: argparse.Namespace) -> str:
+  return {"tunix": args.tunix, "flax-t5": args.flax}.get(name, sys.executable)
+
+
+def ids_of(case: Case, work: pathlib.Path) -> None:
+  """Writes the token ids of all examples, for the peers whose interpreter may have no tokenizer."""
+  _, rows, _ = their_data(case, argparse.Namespace(work=work))
+  pick = (lambda r: [r["input_ids"], r["labels"]]) if case.kind == "seq2seq" else lambda r: r["input_ids"]
+  (work / "ids.json").write_text(json.dumps([pick(r) for r in rows]))
 
 
 def rows_of(case: Case, data: pathlib.Path) -> list[dict]:
@@ -117,9 +146,7 @@ def train_ours(args: argparse.Namespace, case: Case) -> None:
   c = config.base()
   c.model.config, c.model.tokenizer, c.model.dtype = case.model, f"{args.work}/tokenizer", "float32"
   c.task.kind = case.kind
-  c.task.update(
-    dict(seq2seq=dict(input="{en}", target="{de}"), causal=dict(input="{text}"),
-         classify=dict(input="{sentence1}", pair="{sentence2}", labels=("no", "yes")))[case.kind])  # fmt: skip
+  c.task.update(TEMPLATES[case.kind])
   c.data.train, c.data.cache, c.data.too_long = f"{args.work}/train.jsonl", f"{args.work}/tokens", "truncate"
   c.data.lengths = dict(inputs=case.length, targets=case.length)
   if case.kind != "seq2seq":
@@ -237,6 +264,8 @@ def arguments() -> argparse.Namespace:
   p.add_argument("--data", help="folder of the data sets and vocabularies")
   p.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
   p.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+  p.add_argument("--tunix", default="", help="Python that has Tunix; see peers_jax.py")
+  p.add_argument("--flax", default="", help="Python that has transformers with Flax; see peers_jax.py")
   p.add_argument("--rounds", type=int, default=5)
   p.add_argument("--steps", type=int, default=3, help="optimizer steps a round")
   p.add_argument("--warmup", type=int, default=8, help="steps before the first round, not counted")
@@ -259,8 +288,10 @@ def run(args: argparse.Namespace, name: str) -> dict:
     (pathlib.Path(work) / "train.jsonl").write_text(text, encoding="utf-8")
     tokenizer(case.tokenizer, pathlib.Path(args.data), pathlib.Path(work) / "tokenizer")
     given = [f"--case={name}", f"--work={work}", f"--warmup={args.warmup}"]
-    sides = [n for n in contestants(case) if n in args.contestants]
-    commands = {n: [sys.executable, __file__, *given, f"--worker={n}"] for n in sides}
+    sides = contestants(case, args)
+    if {"tunix", "flax-t5"} & {*sides}:
+      ids_of(case, pathlib.Path(work))
+    commands = {n: [interpreter(n, args), __file__, *given, f"--worker={n}"] for n in sides}
     rounds = contest.compete(commands, args.rounds, args.steps)
   summary = contest.summarise(rounds, args.steps)
   for other, r in summary["jaxft"].get("ratio", {}).items():
@@ -270,13 +301,15 @@ def run(args: argparse.Namespace, name: str) -> dict:
 
 def main() -> None:
   args = arguments()
+  if args.worker in peers_jax.SIDES:
+    return peers_jax.SIDES[args.worker](args, CASES[args.case], LR, DECAY, CLIP)
   if args.worker:
     return (train_ours if args.worker == "jaxft" else train_theirs)(args, CASES[args.case])
   before, output = contest.machine(), pathlib.Path(args.output)
   fixed = {k: v for k, v in before.items() if k != "load_before"}
   old = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
   cases = old.get("cases", {}) if all(old.get(k) == v for k, v in fixed.items()) else {}
-  words = [w for w in sys.argv[1:] if not w.startswith(("--data", "--output"))]
+  words = [w for w in sys.argv[1:] if not w.startswith(("--data", "--output", "--tunix", "--flax"))]
   command = " ".join(["python benchmarks/peers.py --data=FOLDER", *words])
   for name in args.cases:
     facts = dict(date=datetime.date.today().isoformat(), command=command, load_before=os.getloadavg())

@@ -21,6 +21,16 @@ log = logging.getLogger("jaxft")
 SECONDS = 10.0  # between two lines where there is no terminal
 
 
+def matplotlib() -> Any:
+  """Returns matplotlib with its figures, colours and ticks. Importing it takes a second, so that happens when something
+  is drawn."""
+  import matplotlib.colors
+  import matplotlib.figure
+  import matplotlib.ticker
+
+  return matplotlib
+
+
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
   """Returns a table as text of at most 100 columns; the first column stands left, numbers stand right."""
   out = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="")

@@ -15,12 +15,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from jaxft import observe
+from jaxft import display, observe
 
 COLORS = ("#1f5fa8", "#d1622b", "#3a8f5c", "#8a4fa3", "#b3902b", "#555555")
 HIDDEN = ("seconds",)  # evaluation values that are no result
@@ -51,7 +48,8 @@ def curves(
   panels = [(name, keys) for name, keys in _panels(rows) if not only or set(keys) & set(only)]
   columns = min(len(panels), 3) or 1
   height = math.ceil(len(panels) / columns) or 1
-  with matplotlib.rc_context(
+  mpl = display.matplotlib()
+  with mpl.rc_context(
     {
       "font.size": 9,
       "axes.spines.top": False,
@@ -61,7 +59,7 @@ def curves(
       "axes.titlelocation": "left",
     }
   ):
-    figure = Figure(figsize=(4.2 * columns, 2.9 * height + 0.3), layout="constrained")
+    figure = mpl.figure.Figure(figsize=(4.2 * columns, 2.9 * height + 0.3), layout="constrained")
     for i, (name, keys) in enumerate(panels):
       _panel(figure.add_subplot(height, columns, i + 1), name, keys, rows)
     if not panels:
@@ -100,7 +98,7 @@ def _metric_title(key: str) -> str:
 
 
 def _panel(axes: Any, name: str, keys: Sequence[str], rows: Mapping[str, Sequence[Mapping]]) -> None:
-  low, high, drawn = [], [], 0
+  low, high, drawn, ticks = [], [], 0, display.matplotlib().ticker
   for i, (label, run) in enumerate(rows.items()):
     for j, key in enumerate(keys):
       points = [(r["step"], r[key]) for r in run if isinstance(r.get(key), (int, float))]
@@ -117,7 +115,7 @@ def _panel(axes: Any, name: str, keys: Sequence[str], rows: Mapping[str, Sequenc
         low, high, drawn = [*low, np.min(y)], [*high, np.max(y)], drawn + 1
   axes.set_title(name)
   axes.set_xlabel("step")
-  axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+  axes.xaxis.set_major_locator(ticks.MaxNLocator(5, integer=True))
   axes.grid(alpha=0.25)
   axes.margins(y=0.15)
   if (
@@ -132,9 +130,9 @@ def _panel(axes: Any, name: str, keys: Sequence[str], rows: Mapping[str, Sequenc
   ):
     axes.set_ylim(0, 1.15 * max([*high, 1e-3]))
   if name == "tokens per second":
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}"))
+    axes.yaxis.set_major_formatter(ticks.FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}"))
   if name in ("time waiting for data", "MFU"):
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
+    axes.yaxis.set_major_formatter(ticks.FuncFormatter(lambda v, _: f"{v:.0%}"))
   if drawn > 1:
     axes.legend(frameon=False, fontsize=8, loc="upper right" if name.startswith("loss") else "best")
 

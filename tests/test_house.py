@@ -41,8 +41,9 @@ DOORS = dict(
   datasets={"jaxft.data.sources"},
   tensorflow_datasets={"jaxft.data.sources"},
   optuna={"jaxft.tuning"},
+  matplotlib={"jaxft.display"},
 )
-HEAVY = {"tensorflow", "datasets", "tensorflow_datasets", "torch", "wandb", "optuna"}
+HEAVY = {"tensorflow", "datasets", "tensorflow_datasets", "torch", "wandb", "optuna", "matplotlib"}
 
 
 def module(path):

@@ -5,10 +5,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
+
+from jaxft import display
 
 COUNTED = 20  # classes up to which the counts are written into the cells
 NAMED = 120  # classes up to which each has its name beside its row
@@ -43,11 +42,12 @@ def confusion(matrix: np.ndarray, labels: Sequence[str], *, title: str) -> bytes
   shares = np.ma.masked_invalid(np.where(rows > 0, matrix / np.maximum(rows, 1), np.nan))
   side = min(3.4 + 0.42 * count, 6 + 0.045 * count, 12)  # inches; what a page of 1,100 pixels shows is still legible
   small = float(np.clip(72 * 0.62 * side / count, 4.5, 9))
-  with matplotlib.rc_context({"font.size": 9}):
-    figure = Figure(figsize=(side + 1.2, side + 0.6), layout="constrained")
+  mpl = display.matplotlib()
+  with mpl.rc_context({"font.size": 9}):
+    figure = mpl.figure.Figure(figsize=(side + 1.2, side + 0.6), layout="constrained")
     axes = figure.add_subplot()
-    colours = matplotlib.colormaps["Blues"].with_extremes(bad="#e4e4e4")
-    image = axes.imshow(shares, cmap=colours, norm=PowerNorm(0.5, 0, 1))
+    colours = mpl.colormaps["Blues"].with_extremes(bad="#e4e4e4")
+    image = axes.imshow(shares, cmap=colours, norm=mpl.colors.PowerNorm(0.5, 0, 1))
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02, shrink=0.7, ticks=(0, 0.01, 0.05, 0.2, 0.5, 1))
     bar.ax.set_yticklabels(("0", "1%", "5%", "20%", "50%", "100%"))
     bar.set_label("share of the examples of the label")

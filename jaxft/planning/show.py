@@ -4,9 +4,6 @@ import io
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from jaxft import display, observe
 from jaxft.display import gib, si, size
 from jaxft.planning import plans
@@ -165,8 +162,9 @@ def table(found: Mapping[str, plans.Plan | str], run: Run) -> str:
 
 def picture(found: Mapping[str, Estimate], title: str) -> bytes:
   """Returns a PNG: a bar for each target, its memory by kind, and what the device has."""
-  with matplotlib.rc_context({"font.size": 9}):
-    figure = Figure(figsize=(8, 1.5 + 0.42 * len(found)), layout="constrained")
+  mpl = display.matplotlib()
+  with mpl.rc_context({"font.size": 9}):
+    figure = mpl.figure.Figure(figsize=(8, 1.5 + 0.42 * len(found)), layout="constrained")
     axes = figure.add_subplot()
     names = list(found)
     left = [0.0] * len(names)

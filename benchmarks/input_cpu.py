@@ -20,8 +20,8 @@ import peers
 
 RESULTS = peers.RESULTS.parent / "input_cpu.json"
 CASES = {  # name: (case of peers.py, rows of a batch, lengths, copies of the data)
-  "T5, packed 512/128": ("t5-small", 64, dict(inputs=512, targets=128), 8),
-  "T5, packed 512/512": ("t5-small", 64, dict(inputs=512, targets=512), 8),
+  "T5, packed 512/128": ("t5-small", 64, dict(inputs=512, targets=128), 16),
+  "T5, packed 512/512": ("t5-small", 64, dict(inputs=512, targets=512), 16),
   "BERT, packed 128": ("bert-base", 64, dict(inputs=128), 40),
   "GPT-2, packed 1024": ("gpt2", 32, dict(inputs=1024), 20),
 }

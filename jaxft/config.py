@@ -148,7 +148,7 @@ def _model() -> ConfigDict:
   c.neftune = 0.0  # noise on token embeddings in training, 5 is usual (arXiv 2310.05914)
   c.head = dict(width=0, act="tanh")  # a head W2 act(W1 h + b1) + b2 in place of the family's; 0: the family's
   c.attention = "auto"  # the fastest that fits; strict: an error where the hardware's kernel is refused; or its name
-  c.remat = "none"  # what the backward pass recomputes: none, block, dots
+  c.remat = "none"  # what the backward pass recomputes: none, dots, attention, block, offload (docs/speed.md)
   c.unroll = 0  # layers in each turn of the scan over layers; 0: 12 on CPU without remat (less is copied), else 1
   c.resize = False  # let the vocabulary grow to the tokenizer's size
   return c

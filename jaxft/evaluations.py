@@ -29,6 +29,8 @@ def make(c: Reader, m: modeling.Model, home: pathlib.Path | None, *, needed: boo
   made = []
   if needed and not c.evals:
     raise InputError("config: evals is empty; add for example c.evals = dict(loss=dict(kind='loss')).")
+  if c.data.validation and not c.evals:
+    log.warning("data.validation is given, but evals is empty: nothing is evaluated.")
   for name, e in c.evals.items():
     if e["every"] < 0:
       raise InputError(f"config: evals.{name}.every is {e['every']}; it is a number of steps, or 0 for the end alone.")

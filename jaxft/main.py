@@ -69,6 +69,7 @@ def _train(
   checkpointer, last = setup.checkpointer(c, home, m, data), setup.export_options(c, m.tokenizer)
   if c.unread():
     raise InputError(f"config: nothing reads {', '.join(c.unread())}; remove it.")
+  setup.compile_early(t, batches, m, max(checkpointer.steps(), default=0))
   observe.log.info("%s", setup.summary(m, t))
   seen = data_report.make(data, batches, m.tokenizer)
   if main:

@@ -334,6 +334,17 @@ def plan(c: Reader, t: Trainer, batches: pipeline.Batches, m: modeling.Model) ->
     unit="examples" if task(c).kind in losses.OF_EXAMPLES else "target_tokens", **out)  # fmt: skip
 
 
+def compile_early(t: Trainer, batches: pipeline.Batches, m: modeling.Model, done: int) -> None:
+  """Starts to compile the step for the batch after `done` steps in a thread, while weights and TensorFlow are loaded.
+
+  Not with several processes, where each would have to compile in the same order.
+  """
+  if jax.process_count() == 1 and done < t.steps:
+    rows = sharding.batch_sharding(m.mesh, m.rules)
+    place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+    t.step.prepare(t.abstract, {k: place(*x) for k, x in batches.spec(batches.bucket(done)).items()})
+
+
 def feed(m: modeling.Model, batch: int) -> tuple[int, int]:
   """Returns (host, hosts) of this process for reading batches of `batch` rows."""
   return sharding.feed(sharding.batch_sharding(m.mesh, m.rules), batch)

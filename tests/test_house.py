@@ -154,6 +154,22 @@ def test_training_floors_import_without_tensorflow():
   assert done.returncode == 0, done.stderr
 
 
+def test_help_needs_nothing_that_is_slow():
+  """Every binary reads its flags before it imports what takes seconds."""
+  binaries = [module(p) for p in FILES if "cli.parse(" in p.read_text() and p.name != "cli.py"]
+  assert len(binaries) == 8, binaries
+  code = (
+    "import runpy, sys; sys.argv = ['x', '--help']\n"
+    "try: runpy.run_module(sys.stdin.read(), run_name='__main__')\n"
+    "except SystemExit as e: assert not e.code\n"
+    "assert not {'jax', 'flax', 'transformers'} & {*sys.modules}, 'imported for --help'"
+  )
+  for name in binaries:
+    done = subprocess.run([sys.executable, "-c", code], input=name, capture_output=True, text=True)
+    assert done.returncode == 0, f"{name}: {done.stderr}"
+    assert done.stdout.count("\n") < 35, f"{name}: --help does not fit a screen"
+
+
 def test_no_file_outside_the_package_is_too_long_either():
   folders = ("tests", "benchmarks", "configs", "launch")
   files = [f for name in folders for end in ("*.py", "*.sh") for f in (ROOT.parent / name).rglob(end)]

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jaxft import sharding
 from jaxft.errors import InputError, did_you_mean
+from jaxft.models import layers
 from jaxft.models.scores import Mask, attend, in_blocks
 
 log = logging.getLogger("jaxft")
@@ -212,4 +213,4 @@ def _kernel(heads: int, T: int, S: int, causal: bool, window: int | None, softca
   with jax.ensure_compile_time_eval():  # its tables of blocks are constants of any program
     return splash.make_splash_mha(
       splash_mask.MultiHeadMask([one] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-      attn_logits_soft_cap=softcap or None, interpret=interpret)  # fmt: skip
+      attn_logits_soft_cap=softcap or None, residual_checkpoint_name=layers.KEPT, interpret=interpret)  # fmt: skip

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft import sharding
 
@@ -41,7 +42,8 @@ ACTIVATIONS = {  # by the name that config.json files use
   "tanh": jnp.tanh,
 }
 
-REMAT = ("none", "block", "dots")
+REMAT = ("none", "dots", "attention", "block", "offload")
+KEPT, AWAY = "attention", "layer_input"  # names of values that remat keeps on the device, and in the host's memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,22 +134,32 @@ def scan(body: Callable, module: nnx.Module, carry: Tree, xs: Tree, *, remat: st
   """Runs `body(layer, carry, x) -> (carry, y)` over the layers of a `stack`; returns (carry, stacked y).
 
   `xs` is scanned along with the layers. `remat` says what the backward pass computes again: nothing ("none"),
-  everything in a layer ("block"), or all but the results of the matrix products with weights ("dots").
+  everything in a layer ("block"), all but the results of the matrix products with weights ("dots") or of attention
+  ("attention"), or everything, while what goes into a layer waits in the memory of the host ("offload").
   """
   graphdef, params, _ = split(module)
   beside = unroll > 1  # side by side, what is computed again would be found to be there already, and kept after all
 
   def one(carry, x):
     layer, rest = x
+    carry = jax.tree.map(lambda h: checkpoint_name(h, AWAY), carry) if remat == "offload" else carry
     return body(merge(graphdef, layer), carry, rest)
 
-  if remat == "block":
-    one = jax.checkpoint(one, prevent_cse=beside)
-  elif remat == "dots":
-    one = jax.checkpoint(one, prevent_cse=beside, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-  else:
-    assert remat == "none", f"remat is one of {REMAT}, not {remat!r}"
+  assert remat in REMAT, f"remat is one of {REMAT}, not {remat!r}"
+  if remat != "none":
+    one = jax.checkpoint(one, prevent_cse=beside, policy=_policy(remat))
   return lax.scan(one, carry, (params, xs), unroll=unroll)
+
+
+def _policy(remat: str) -> Callable | None:
+  """Returns what of a layer is kept for the backward pass."""
+  policies = jax.checkpoint_policies
+  if remat == "offload":
+    return policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[], names_which_can_be_offloaded=[AWAY], offload_src="device", offload_dst="pinned_host"
+    )
+  kept = dict(dots=policies.dots_with_no_batch_dims_saveable, attention=policies.save_only_these_names(KEPT))
+  return kept.get(remat)
 
 
 def fold(key: jax.Array, i: int | jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import flax
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft import flops
 from jaxft.models import layers
@@ -86,7 +87,8 @@ def _attend_forward(how, q, k, v, bias, mask, key):
   e = jnp.exp(scores - most)
   total = jnp.sum(e, -1, keepdims=True)
   probs = layers.dropout((e / total).astype(v.dtype), how[0], key)
-  return _to_queries(probs, v), (q, k, v, bias, mask, key, most + jnp.log(total))
+  out, log_total = (checkpoint_name(x, layers.KEPT) for x in (_to_queries(probs, v), most + jnp.log(total)))
+  return out, (q, k, v, bias, mask, key, log_total)
 
 
 @jax.named_scope(flops.ATTENTION)

@@ -12,8 +12,9 @@ from jaxft.planning import estimate
 
 log = logging.getLogger("jaxft")
 SLACK = 0.97  # of the memory that a predicted change may fill
-REMAT = ("none", "dots", "block")
-SAVED = dict(none=1.0, dots=0.6, block=0.15)  # of the activations of a layer stay, about; what is compiled decides
+SAVED = dict(
+  none=1.0, dots=0.6, attention=0.25, block=0.15, offload=0.08
+)  # of the activations of a layer stay, about; what is compiled decides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,13 @@ def changes(c: ConfigDict, ways: int) -> Iterator[Change]:
   whole = c.mesh.get("data", 1) not in (1,) and "fsdp" in c.mesh
   shard = (("mesh.data", 1), ("mesh.fsdp", -1)) if whole else ()
   micros = [m for m in (c.micro * 2**i for i in range(16)) if c.batch % (m * ways) == 0]
-  start = REMAT.index(c.model.remat) if c.model.remat in REMAT else 0
-  costs = dict(none="", dots="about a tenth more arithmetic", block="about a third more arithmetic")
+  more = tuple(SAVED)[tuple(SAVED).index(c.model.remat) :]
+  costs = dict(
+    none="", dots="about a tenth more arithmetic", attention="about a quarter more arithmetic",
+    block="about a third more arithmetic",
+    offload="about a third more arithmetic, and activations move to the host's memory and back")  # fmt: skip
   for sharded in ((), shard) if shard else ((),):
-    for remat in REMAT[start:]:
+    for remat in more:
       for micro in micros:
         flags = list(sharded)
         flags += [("micro", micro)] if micro != c.micro else []

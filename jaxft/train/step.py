@@ -5,6 +5,7 @@ A loss returns sums: (loss sum, weight sum, {name: sum}). They and the gradient 
 weighs.
 """
 
+import concurrent.futures
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -235,6 +236,14 @@ class Bound:
     self.jitted = jitted
     self._hyper = {k: jax.device_put(np.float32(v), sharding.replicated(mesh)) for k, v in hyper.items()}
     self._seen: dict[tuple, dict[str, str]] = {}
+    self._early: concurrent.futures.Future | None = None
+
+  def prepare(self, state: TrainState, batch: Batch) -> None:
+    """Compiles for these ShapeDtypeStructs, with their shardings, in a thread; the first call waits for it, and raises
+    what it raised."""
+    pool = concurrent.futures.ThreadPoolExecutor(1, "jaxft-compile")
+    self._early = pool.submit(lambda: self.lower(state, batch).compile())
+    pool.shutdown(wait=False)
 
   def _watch(self, batch: Batch) -> None:
     key = tuple((k, x.shape, x.dtype) for k, x in batch.items())
@@ -255,6 +264,9 @@ class Bound:
 
   def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     self._watch(batch)
+    if self._early is not None:
+      self._early.result()  # what was compiled there is found by the call
+      self._early = None
     return self.jitted(state, batch, self._hyper)
 
   def lower(self, state: TrainState, batch: Batch) -> Any:

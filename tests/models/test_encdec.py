@@ -174,7 +174,7 @@ def test_reorder_continues_the_parent():
 def test_remat_and_unroll_change_nothing():
   batch, key = rows([(7, 5), (1, 6)], 9, False), jax.random.key(8)
   results = []
-  for remat, unroll in (("none", 1), ("block", 1), ("dots", 2)):
+  for remat, unroll in (("none", 1), ("block", 1), ("dots", 2), ("attention", 1), ("offload", 1)):
     sk = skeleton(remat, unroll, dropout=0.3)
     traced = jax.jit(jax.value_and_grad(lambda p, sk=sk: loss(sk, p, batch, key)[0])).trace(weights(sk))
     assert ("remat" in str(traced.jaxpr)) == (remat != "none")

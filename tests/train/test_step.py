@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from jaxft import sharding, trees
+from jaxft.errors import InputError
 from jaxft.families import registry
 from jaxft.train import losses, optimizer, step
 from tests.train import toy
@@ -296,3 +297,31 @@ def test_a_new_shape_of_a_batch_is_said_once(caplog):
   assert "inputs was int32[8, 16], is int32[8, 24]" in caplog.text and "weights" not in caplog.text
   bound(None, rows(24, input_types=np.zeros((8, 24), np.int32)))
   assert "(the 3. shape of a batch): input_types was not there, is int32[8, 24]" in caplog.text
+
+
+def test_a_step_compiled_early_is_the_one_that_is_called():
+  """The first call waits for the thread and compiles nothing; what failed there is raised by the call."""
+  mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))
+  rows, one = sharding.batch_sharding(mesh, RULES), sharding.replicated(mesh)
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+
+  def run(state, batch, hyper):
+    if batch["x"].shape[0] == 16:
+      raise InputError("refused while it was traced")
+    return state + batch["x"].sum() * hyper["lr"], {}
+
+  jitted = jax.jit(run, donate_argnums=0, in_shardings=(one, rows, one), out_shardings=(one, None))
+  spec = lambda n: dict(x=jax.ShapeDtypeStruct((n, 2), np.float32, sharding=rows))
+  batch = lambda n: dict(x=jax.device_put(np.ones((n, 2), np.float32), rows))
+  state = lambda: jax.device_put(np.float32(0), one)
+  bound, given, began = step.Bound(jitted, dict(lr=0.5), mesh), batch(8), state()
+  bound.prepare(jax.ShapeDtypeStruct((), np.float32, sharding=one), spec(8))
+  bound._early.result()
+  assert any("backend_compile" in name for name in compiled)
+  compiled.clear()
+  assert float(bound(began, given)[0]) == 8.0
+  assert not any("backend_compile" in name for name in compiled)
+  bound.prepare(jax.ShapeDtypeStruct((), np.float32, sharding=one), spec(16))
+  with pytest.raises(InputError, match="refused"):
+    bound(state(), batch(16))

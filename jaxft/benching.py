@@ -99,10 +99,10 @@ def measure(
       ends[i] = time.time()
     return state, metrics
 
-  state = step.init_state(ready.params(), c.seed, t.tx, t.abstract)
   observer = observe.Observer(home, start=0, steps=t.steps, tensorboard=False, main=jax.process_index() == 0)
   never = loop.EarlyStop(metric="", mode="min", patience=0, min_delta=0.0)
   try:
+    state = step.init_state(ready.params(), c.seed, t.tx, t.abstract)
     with loop.Signals() as signals:
       outcome = loop.train(
         stepper, state, ready.stream, ready.plan, put=sharded, examples=lambda i: (), evaluators=(), stop=never,

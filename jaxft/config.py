@@ -91,7 +91,7 @@ def base() -> ConfigDict:
   c.data = _data()
   # share of each target that is spread over the vocabulary; weight of logsumexp ** 2 (1e-4 is usual); class_weights of
   # the labels in order, or "balanced" (the rarer the heavier), or empty; logits_mib: of a device that logits over a
-  # vocabulary may take, above it they are made in tiles of tokens (0: 32 on a CPU, else 512; -1: any number)
+  # vocabulary may take, above it they are made in tiles of tokens (0: 128 on a CPU, else 512; -1: any number)
   c.loss = dict(
     label_smoothing=0.0, z_loss=0.0, class_weights=config_dict.FieldReference("", field_type=object), logits_mib=0
   )

@@ -168,7 +168,7 @@ def loss_options(
 
   The numbers `names` are left at 0, to be put in when the step is traced.
   """
-  most = c.loss.logits_mib or (32 if m.mesh.devices.flat[0].platform == "cpu" else 512)
+  most = c.loss.logits_mib or (128 if m.mesh.devices.flat[0].platform == "cpu" else 512)
   beside = dict(logits=max(most, 0) * 2.0**20)
   if c.task["kind"] == "mlm_nsp":  # so that the loss of the pairs weighs as much as that of the tokens
     beside["nsp_scale"] = hidden.mean_hidden(data.lengths["inputs"], c.task["mask"]["share"])

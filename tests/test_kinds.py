@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxft import config, decode, kinds, main, setup
+from jaxft import config, decode, evaluations, kinds, main, setup
 from jaxft.config import Reader
 from jaxft.data import tokens
 from jaxft.errors import InputError
@@ -135,3 +135,14 @@ def test_longer_than_positions(made, decoder):
   model = types.SimpleNamespace(skeleton=skeleton)
   with pytest.raises(InputError, match=r"this llama has 8 positions, and data.train has examples of \d+ tokens"):
     setup.check_positions(Reader(c), model, opened(c, decoder), "data.train")
+
+
+def test_a_config_without_evaluations_is_read_whole(caplog):
+  """Training without evals is no mistake; validation data that nobody looks at is said."""
+  c = config.base()
+  reader = config.Reader(c)
+  assert evaluations.make(reader, None, None) == [] and "data.validation" not in reader.unread()
+  assert not caplog.text
+  c.data.validation = "dev.jsonl"
+  evaluations.make(config.Reader(c), None, None)
+  assert "nothing is evaluated" in caplog.text

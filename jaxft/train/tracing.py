@@ -121,10 +121,10 @@ def table(folder: pathlib.Path, steps: int, seconds: float, known: dict[str, Ope
     return f"The trace of {device} holds no operations, so there is no table."
   total = sum(r.share for r in found[:TOP])
   body = [
-    (r.operation.part, r.operation.kind, r.operation.source, f"{r.calls:,.4g}", f"{1e3 * r.seconds:,.2f}",
-     f"{r.share:.1%}") for r in found[:TOP]]  # fmt: skip
+    (f"{r.operation.part:<9}{r.operation.kind:<17} {r.operation.source}", f"{r.calls:,.4g}",
+     f"{1e3 * r.seconds:,.2f}", f"{r.share:.1%}") for r in found[:TOP]]  # fmt: skip
   title = f"What a step takes its time for ({device}; {steps} steps of {1e3 * seconds / steps:,.1f} ms)"
-  said = display.table(title, ("", "operation", "from", "calls", "ms", "share"), body)
+  said = display.table(title, ("operation, and where it is from", "calls", "ms", "share"), body)
   return (
     f"{said}\n  {total:.0%} of the time of all operations is in these {len(body)} of {len(found)} kinds. "
     f"Busy {min(busy / seconds, 1):.0%} of the time."

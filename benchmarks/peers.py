@@ -291,7 +291,10 @@ def run(args: argparse.Namespace, name: str) -> dict:
     sides = contestants(case, args)
     if {"tunix", "flax-t5"} & {*sides}:
       ids_of(case, pathlib.Path(work))
-    commands = {n: [interpreter(n, args), __file__, *given, f"--worker={n}"] for n in sides}
+    # jaxft's binaries see to it themselves that malloc asks for large pages; a worker here is none of them
+    own = ["env", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"]
+    start = lambda n: [*(own if n == "jaxft" else ()), interpreter(n, args), __file__]
+    commands = {n: [*start(n), *given, f"--worker={n}"] for n in sides}
     rounds = contest.compete(commands, args.rounds, args.steps)
   summary = contest.summarise(rounds, args.steps)
   for other, r in summary["jaxft"].get("ratio", {}).items():

@@ -1,5 +1,6 @@
 """What every binary shares: flags that fail in one paragraph, exit codes, --help on one screen."""
 
+import os
 import pathlib
 import re
 import sys
@@ -12,6 +13,8 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxft import config, errors
+
+LARGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")  # of Linux
 
 
 def define_config() -> flags.FlagHolder:
@@ -37,7 +40,23 @@ def parse(define: Callable[[], Any], usage: str) -> Any:
     print("  --config.a.b=value  Any field of the config." if "config" in flags.FLAGS else "")
     sys.exit(0)
   _parse(sys.argv)
+  _take_large_pages()
   return made
+
+
+def _take_large_pages() -> None:
+  """Starts this process again, as the same process, with a malloc that asks for pages of 2 MiB, where the kernel gives
+  them to those that ask for them.
+
+  XLA's programs for CPUs take their work space from malloc at each step; in pages of 4 KiB, a step of BERT-base takes
+  1.25 times as long. Only a process that was started as `python -m jaxft.NAME` is started again.
+  """
+  spec, tunables = sys.modules["__main__"].__spec__, os.environ.get("GLIBC_TUNABLES", "")
+  if spec is None or not spec.name.startswith("jaxft.") or "glibc.malloc.hugetlb" in tunables:
+    return
+  if LARGE_PAGES.exists() and "[madvise]" in LARGE_PAGES.read_text():
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run(main: Callable[[Any], int | None], made: Any) -> None:

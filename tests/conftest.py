@@ -15,6 +15,7 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
   FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # or each binary would start itself again for it
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
-"""What the binaries share. Catches: a process that starts itself again for ever, or where it is not one of the binaries;
-a malloc without large pages where the kernel would give them."""
+"""What the binaries share. Catches: a process that starts itself again for ever, or where it is none of the binaries; a
+malloc without large pages where the kernel would give them."""
 
 import importlib.machinery
 import os

@@ -7,8 +7,8 @@ and the vocabularies tok_t5 (sentencepiece.model), tok_bert (google_uncased_en_v
 vocab.bpe). Every side trains the same architecture from fresh weights in float32 with AdamW, clipping at 1.0 and the
 dropout of the architecture, on about the same examples a step. Trainer pads to the longest of a batch, as its
 documentation has it, or (`grouped`) draws batches of similar length, or (`compiled`) has torch_compile=True besides;
-GPT-2 and Llama take blocks of 256 tokens on all sides, as run_clm.py makes them. jaxft packs. A token counts if it is
-real. --tunix and --flax name interpreters that have the JAX peers (peers_jax.py).
+GPT-2 and Llama take blocks of 256 tokens on all sides, as run_clm.py makes them. jaxft packs, with the large pages that
+its binaries ask for. A token counts if it is real. --tunix and --flax name interpreters that have the JAX peers.
 Results go to benchmarks/results/peers_cpu.json; benchmarks/performance.py makes the page of them.
 """
 

@@ -68,8 +68,8 @@ def peers() -> str:
     header = ("", "tokens/s", "examples/s", "s/step", "real", "peak MiB", "warm-up s", "jaxft / it")
     out += [table(header, rows), ""]
   out += [f"**Faster than jaxft here:** {'; '.join(lost)}." if lost else "No side is faster than jaxft here.", ""]
-  out += ["real: share of the places that hold real tokens; warm-up: seconds of the first 8 steps, with all that is",
-          "compiled for them.", *(f"{x}." for x in sorted(others)), ""]  # fmt: skip
+  out += ["real: share of the places that hold real tokens; warm-up: seconds of the steps before the first round,",
+          "with all that is compiled for them.", *(f"{x}." for x in sorted(others)), ""]  # fmt: skip
   out.append(said(found, (c["date"] for c in cases.values()), (c["command"] for c in cases.values()), "peers_cpu.json"))
   picture(cases, DOCS / "pictures" / "performance.png")
   return "\n".join(out)
@@ -85,7 +85,7 @@ def picture(cases: dict, file: pathlib.Path) -> None:
     r = cases[name]["summary"][OURS]["ratio"][side]
     ends = [[r["median"] - r["lowest"]], [r["highest"] - r["median"]]]
     axes.barh(y, r["median"], color=COLORS[sides.index(side)], height=0.72, xerr=ends, ecolor="#555", capsize=2)
-    axes.text(r["highest"] + 0.03, y, f"{r['median']:.2f}  {NAMES[side]}", va="center", fontsize=8)
+    axes.text(max(r["highest"], 1) + 0.03, y, f"{r['median']:.2f}  {NAMES[side]}", va="center", fontsize=8)
   starts = {name: next(i for i, row in enumerate(rows) if row[0] == name) for name in cases}
   axes.set_yticks(list(starts.values()), list(starts), fontsize=9, fontweight="bold")
   axes.invert_yaxis()

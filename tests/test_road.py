@@ -20,7 +20,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxft import evaluate, main
+from jaxft import evaluate, runs
 from jaxft.errors import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -222,8 +222,8 @@ def test_other_data_is_refused(finished):
   meta = json.loads((finished / "checkpoints" / "12" / "meta" / "metadata").read_text())["body"]
   checkpointer = types.SimpleNamespace(restore=lambda abstract: (types.SimpleNamespace(step=12), meta))
   with pytest.raises(InputError, match="is not what step 12 of this work directory was trained on"):
-    main._state(None, None, types.SimpleNamespace(abstract=None), checkpointer, "other")
-  assert main._state(None, None, types.SimpleNamespace(abstract=None), checkpointer, meta["data"])[0].step == 12
+    runs.start(None, None, types.SimpleNamespace(abstract=None), checkpointer, "other")
+  assert runs.start(None, None, types.SimpleNamespace(abstract=None), checkpointer, meta["data"])[0].step == 12
 
 
 def test_devices_and_processes_do_not_change_the_numbers(folder, finished):

@@ -11,10 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from jaxft import display, observe, report
 from jaxft.space import Range, Space
@@ -115,8 +112,9 @@ def picture(home: pathlib.Path, trials: Sequence[Trial], what: Space) -> None:
   rows = math.ceil(len(panels) / columns)
   look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
           "axes.titleweight": "bold", "axes.titlelocation": "left"}  # fmt: skip
-  with matplotlib.rc_context(look):
-    figure = Figure(figsize=(4.2 * columns, 3.0 * rows + 0.5), layout="constrained")
+  mpl = display.matplotlib()
+  with mpl.rc_context(look):
+    figure = mpl.figure.Figure(figsize=(4.2 * columns, 3.0 * rows + 0.5), layout="constrained")
     for i, draw in enumerate(panels):
       draw(figure.add_subplot(rows, columns, i + 1), trials, what)
     figure.suptitle(f"{short(what.metric)} ({what.mode}) of {len(trials)} trials by {what.method}", x=0.01, ha="left")
@@ -157,7 +155,7 @@ def _history(axes: Any, trials: Sequence[Trial], what: Space) -> None:
   axes.step(range(len(trials)), so_far, where="post", color=COLORS["best"], lw=1.2, zorder=2)
   axes.set_title("trials, and the best so far")
   axes.set_xlabel("trial")
-  axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+  axes.xaxis.set_major_locator(display.matplotlib().ticker.MaxNLocator(6, integer=True))
 
 
 def _learning(axes: Any, trials: Sequence[Trial], what: Space) -> None:
@@ -169,7 +167,7 @@ def _learning(axes: Any, trials: Sequence[Trial], what: Space) -> None:
       axes.plot(x, y, color=color, lw=2 if t is first else 1, marker="o", ms=2.5)
   axes.set_title("on the way")
   axes.set_xlabel("step")
-  axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+  axes.xaxis.set_major_locator(display.matplotlib().ticker.MaxNLocator(5, integer=True))
   axes.grid(alpha=0.25)
 
 

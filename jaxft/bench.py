@@ -96,7 +96,7 @@ def _outside(f: types.SimpleNamespace) -> int:
   print(benching.table(results, failed))
   if f.output.value and done:
     out = dict(command=f"python -m jaxft.bench {shlex.join(sys.argv[1:])}", date=datetime.date.today().isoformat(),
-               versions=benching.versions(), summary=results, rounds=done)  # fmt: skip
+               versions=observe.versions(*benching.PACKAGES), summary=results, rounds=done)  # fmt: skip
     pathlib.Path(f.output.value).write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
   return 1 if failed else 0
 

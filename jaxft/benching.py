@@ -198,7 +198,8 @@ def _saves(ready: Ready, outcome: loop.Outcome, save_to: str) -> dict[str, float
       checkpointer.save(outcome.step + i, outcome.state, metrics={}, extra={})
       stall = time.perf_counter() - began
       checkpointer.wait()
-  return dict(save_stall_seconds=stall, save_seconds=time.perf_counter() - began)
+      whole = time.perf_counter() - began
+  return dict(save_stall_seconds=stall, save_seconds=whole)
 
 
 def _facts(ready: Ready, c: ConfigDict) -> dict[str, Any]:
@@ -242,16 +243,6 @@ def _memory() -> dict[str, Any]:
   lines = status.read_text().splitlines() if status.exists() else []
   high = [int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")]
   return dict(peak_bytes=high[0] if high else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, peak_of="process")
-
-
-def versions() -> dict[str, str]:
-  out = {}
-  for name in PACKAGES:
-    try:
-      out[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return out
 
 
 # ---- what people read

@@ -92,25 +92,19 @@ def _unraisable(told: Any) -> None:
   log.debug("ignored in %r", told.object, exc_info=(told.exc_type, told.exc_value, told.exc_traceback))
 
 
-def environment() -> dict[str, Any]:
-  """Returns hardware and library versions, for the run card and the checkpoints."""
-  versions = {}
-  for name in (
-    "jaxft",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "tensorflow",
-    "tensorflow-cpu",
-    "numpy",
-  ):
+def versions(*names: str) -> dict[str, str]:
+  """Returns the versions of the packages that are installed."""
+  out = {}
+  for name in names:
     try:
-      versions[name] = importlib.metadata.version(name)
+      out[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       continue
+  return out
+
+
+def environment() -> dict[str, Any]:
+  """Returns hardware and library versions, for the run card and the checkpoints."""
   device = jax.devices()[0]
   return dict(
     devices=f"{jax.device_count()} x {device.device_kind}",
@@ -118,7 +112,18 @@ def environment() -> dict[str, Any]:
     cores=os.cpu_count(),
     platform=platform.platform(),
     python=platform.python_version(),
-    versions=versions,
+    versions=versions(
+      "jaxft",
+      "jax",
+      "jaxlib",
+      "flax",
+      "optax",
+      "orbax-checkpoint",
+      "transformers",
+      "tensorflow",
+      "tensorflow-cpu",
+      "numpy",
+    ),
   )
 
 

@@ -1,7 +1,6 @@
 """Plans that were made before: figures by all that they follow from."""
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -9,6 +8,7 @@ import pathlib
 from typing import Any
 
 import jaxft
+from jaxft import observe
 from jaxft.planning import estimate
 
 log = logging.getLogger("jaxft")
@@ -21,21 +21,11 @@ def folder() -> pathlib.Path:
 
 def key(*parts: Any) -> str:
   """Returns what names a plan: `parts`, jaxft's own source and the versions of what compiles."""
-  digest = hashlib.sha256(json.dumps([parts, _versions()], sort_keys=True, default=str).encode())
+  digest = hashlib.sha256(json.dumps([parts, observe.versions(*PACKAGES)], sort_keys=True, default=str).encode())
   root = pathlib.Path(jaxft.__file__).parent
   for file in sorted(root.rglob("*.py")):
     digest.update(file.read_bytes())
   return digest.hexdigest()[:24]
-
-
-def _versions() -> dict[str, str]:
-  out = {}
-  for name in PACKAGES:
-    try:
-      out[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      out[name] = ""
-  return out
 
 
 def get(name: str) -> estimate.Estimate | None:

@@ -10,6 +10,7 @@ import types
 from absl import flags
 
 from jaxft import cli
+from jaxft.data import feeding
 
 
 def define() -> types.SimpleNamespace:
@@ -28,6 +29,8 @@ def define() -> types.SimpleNamespace:
 
 if __name__ == "__main__":
   FLAGS = cli.parse(define, __doc__)  # --help and wrong flags need none of the imports below, which take seconds
+  if FLAGS.inside.value and not FLAGS.synthetic.value:
+    feeding.start()
 
 import datetime
 import json

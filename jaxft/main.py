@@ -9,6 +9,7 @@ import types
 from absl import flags
 
 from jaxft import cli
+from jaxft.data import feeding
 
 
 def define() -> types.SimpleNamespace:
@@ -23,6 +24,7 @@ def define() -> types.SimpleNamespace:
 
 if __name__ == "__main__":
   FLAGS = cli.parse(define, __doc__)  # --help and wrong flags need none of the imports below, which take seconds
+  feeding.start()
 
 import contextlib
 import pathlib

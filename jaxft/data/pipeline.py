@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxft.data import layout, packing
+from jaxft.data import feeding, layout, packing
 from jaxft.data.fields import Dynamic
 from jaxft.errors import InputError, did_you_mean
 
@@ -68,6 +68,13 @@ class Batches:
     self._changing = (pack and shuffle) or (varied and (pack or len(self.shapes) > 1))  # steps differ by epoch
     self._plans: dict[int, Plan] = {}
     self._counts: dict[int, int] = {}
+    self._lock = threading.Lock()
+
+  def __getstate__(self) -> dict:
+    return self.__dict__ | dict(_lock=None, _plans={})  # a reader process makes its own plans
+
+  def __setstate__(self, state: dict) -> None:
+    self.__dict__ |= state
     self._lock = threading.Lock()
 
   # ---- steps
@@ -244,15 +251,20 @@ class Batches:
     return out
 
   def stream(self, start: int, stop: int, host: int, hosts: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields (step, host batch) for the steps [start, stop) in order, made ahead by tf.data; starts anywhere at the
-    same cost.
+    """Yields (step, host batch) for the steps [start, stop) in order, made ahead by tf.data, in the reader process if
+    there is one; starts anywhere at the same cost.
     """
+    reader = feeding.running()
+    yield from reader.stream(self, start, stop, host, hosts) if reader else self.local(start, stop, host, hosts)
+
+  def local(self, start: int, stop: int, host: int, hosts: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yields what `stream` does, made in this process."""
     if start >= stop:
       return
     # also raises here, in the caller's thread, what is wrong with the config
     first = self.host_batch(start, host, hosts)
     keys = sorted(first)
-    tf = _tensorflow()
+    tf = tensorflow()
     failures: list[Exception] = []
     helper = concurrent.futures.ThreadPoolExecutor(1)
     asked: set[int] = set()
@@ -328,7 +340,7 @@ def _check(store, batch: int, pack: bool, buckets: tuple[float, ...], balance: s
     )
 
 
-def _tensorflow():
+def tensorflow():
   """Returns tensorflow, quiet and without any accelerator; the door of tf.data."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   # prints a notice otherwise; no TensorFlow arithmetic is used here

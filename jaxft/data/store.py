@@ -36,6 +36,7 @@ class Store:
     self, folder, objective: Objective, lengths: Mapping[str, int], too_long: str, too_long_share: float, stride: int
   ):
     self.folder, self.objective, self.sides = pathlib.Path(folder), objective, objective.held
+    self._how = dict(lengths), too_long, too_long_share, stride
     self.meta = m = json.loads((self.folder / "meta.json").read_text())
     self._check(lengths, too_long, stride)
     self.caps = {s: lengths[s] for s in self.sides}
@@ -47,6 +48,11 @@ class Store:
     self.report = self._cut_up(stride) if objective.split else self._apply(too_long, too_long_share)
     self.class_counts = self._class_counts()
     self.report |= self._facts()
+
+  def __reduce__(self) -> tuple:
+    """Another process opens the same files; what builds them, functions that do not pickle, stays behind."""
+    plain = {k: None for k, v in self.objective._asdict().items() if callable(v)}
+    return type(self), (self.folder, self.objective._replace(**plain), *self._how)
 
   @property
   def chats(self) -> bool:

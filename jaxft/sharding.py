@@ -199,6 +199,12 @@ def ways(logical: str | None) -> int:
   return math.prod(context[0].shape[a] for a in mesh_axes(*context, logical)) if context else 1
 
 
+def place(logical: str) -> jax.Array | int:
+  """Returns which of the `ways(logical)` parts this device has, inside of jax.shard_map; 0 outside of `use`."""
+  context = _context.get()
+  return jax.lax.axis_index(mesh_axes(*context, logical)) if context else 0
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())

@@ -1,28 +1,30 @@
 """The ladder of attention: the fastest way that hardware, dtype, shapes, mask and bias allow, and why not a faster one.
 
-splash: JAX's Pallas kernel for TPUs. cudnn: NVIDIA's flash attention through XLA. blocks: XLA with the scores of some
-queries at a time. dense: XLA with all scores. Each site of a model says once which it takes, and what refused the
-faster ones. Letters as in scores.py.
+splash: JAX's Pallas kernel for TPUs. cudnn: NVIDIA's flash attention through XLA. flash: our own kernel, flash.py, for
+what these refuse. blocks: XLA with the scores of some queries at a time. dense: XLA with all scores. Each site of a
+model says once which it takes, and what refused the faster ones. Letters as in scores.py.
 """
 
+import concurrent.futures
 import functools
 import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jaxft import sharding
 from jaxft.errors import InputError, did_you_mean
-from jaxft.models import layers
+from jaxft.models import flash, layers
 from jaxft.models.scores import Mask, attend, in_blocks
 
 log = logging.getLogger("jaxft")
-STEPS = ("splash", "cudnn", "blocks", "dense")  # fastest first
+STEPS = ("splash", "cudnn", "flash", "blocks", "dense")  # fastest first
 CHOICES = ("auto", "strict", *STEPS)  # strict: an error where the hardware's own kernel is refused
 KERNEL = dict(tpu="splash", gpu="cudnn", cuda="cudnn")  # platform -> its own kernel
+FLASH = dict(tpu="tpu", gpu="gpu", cuda="gpu")  # platform -> what flash.py calls it
 LANES, BLOCK = 128, 512  # of a TPU; queries or keys of a block of splash at most
+VMEM = 12 * 2**20  # bytes of a TPU core's fast memory that the keys and values of a head may take in flash
 SCORES = 2.0**28  # bytes of a device that all scores may take before they are made in blocks
 _said: set = set()
 
@@ -52,6 +54,8 @@ def attention(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask: Any, rate: float, key, sof
     return _splash(q_BTNH, k_BSGH, v_BSGH, mask, softcap)
   if name == "cudnn":
     return _cudnn(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask)
+  if name == "flash":
+    return _flash(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask, rate, key, softcap)
   if name == "blocks":
     t = _queries(q_BTNH.shape, k_BSGH.shape[1])
     return in_blocks(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask, rate, key, softcap, t)
@@ -71,11 +75,12 @@ def choose(q, k, bias, mask: Mask, rate: float, softcap: float, how: str) -> tup
       break
     if how not in STEPS:
       reasons[name] = why
-  if how == "strict" and own and name != own:
+  if how == "strict" and own and name not in (own, "flash"):
     raise InputError(
-      f"config: model.attention is 'strict', and {own}, the kernel of this hardware, is refused: {reasons[own]}."
+      f"config: model.attention is 'strict', and the kernels of this hardware are refused: {own}, as {reasons[own]}; "
+      f"flash, as {reasons['flash']}."
     )
-  return name, {n: why for n, why in reasons.items() if n == own}
+  return name, {n: why for n, why in reasons.items() if n == own or (own and n == "flash")}
 
 
 def _not_splash(platform: str, q, k, bias, mask: Mask, rate: float, softcap: float) -> str:
@@ -118,12 +123,49 @@ def _not_cudnn(platform: str, q, k, bias, mask: Mask, rate: float, softcap: floa
   return _not_split(q, k)
 
 
+def _not_flash(platform: str, q, k, bias, mask: Mask, rate: float, softcap: float) -> str:
+  if platform not in FLASH:
+    return "it is for TPUs and NVIDIA GPUs"
+  if q.dtype != jnp.bfloat16:
+    return f"activations are {q.dtype.name}, not bfloat16"
+  if q.shape[-1] > 256:
+    return f"heads of {q.shape[-1]} are wider than 256"
+  if bias is not None and bias.shape[0] != 1:
+    return "each row has a bias of its own"
+  if platform == "tpu" and _fast_memory(q, k, bias) > VMEM:
+    return f"{max(q.shape[1], k.shape[1])} tokens do not fit into fast memory"
+  return _not_split(q, k) or _wrong(platform)
+
+
+def _fast_memory(q, k, bias) -> int:
+  """Returns the bytes of VMEM that flash takes for what is there whole, twice: one is used, one is being loaded."""
+  longest, lanes = max(q.shape[1], k.shape[1]), -(-q.shape[3] // LANES) * LANES
+  return 2 * longest * (2 * lanes * q.dtype.itemsize + (0 if bias is None else 256 * bias.dtype.itemsize))
+
+
+@functools.cache
+def _wrong(platform: str) -> str:
+  """Says why flash is not to be trusted on the devices here: on a small case it gives other numbers than XLA does.
+
+  It is run once in each process that has such devices, before a model takes it. What is compiled for devices that are
+  elsewhere is taken as it is.
+  """
+  if jax.default_backend() != FLASH[platform]:
+    return ""
+  try:
+    with concurrent.futures.ThreadPoolExecutor(1) as outside:  # of the program that is being traced in this thread
+      found = outside.submit(flash.check, FLASH[platform]).result()
+  except Exception as e:  # a compiler's, of whatever kind
+    return f"on a small case it fails ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+  return "" if found < 0.02 else f"on a small case it is {found:.3g} off what XLA gives, with bfloat16 at most 0.02"
+
+
 def _not_blocks(platform: str, q, k, bias, mask: Mask, rate: float, softcap: float) -> str:
   size = _score_bytes(q.shape, k.shape[1])
   return "" if size > SCORES else f"all scores take {size / 2**20:.0f} MiB"
 
 
-REFUSED = dict(splash=_not_splash, cudnn=_not_cudnn, blocks=_not_blocks, dense=lambda *_: "")
+REFUSED = dict(splash=_not_splash, cudnn=_not_cudnn, flash=_not_flash, blocks=_not_blocks, dense=lambda *_: "")
 
 
 def _score_bytes(shape: tuple[int, ...], keys: int) -> float:
@@ -161,6 +203,23 @@ def _cudnn(q, k, v, bias, mask: Mask) -> jax.Array:
   return jnp.where(mask.sees()[..., None, None], out, 0)
 
 
+def _flash(q, k, v, bias, mask: Mask, rate: float, key, softcap: float, platform: str = "", interpret: bool = False):
+  """Our own kernel on each device, which is told where its rows and heads stand among all."""
+  platform, heads = platform or FLASH[sharding.platform()], q.shape[2]
+  tensors, plain = ("batch", "length", "heads", None), mask.replace(window=None)
+  given = dict(q=(q, tensors), k=(k, tensors), v=(v, tensors), bias=(bias, (None, "heads", None, None)))
+  given |= dict(mask=(plain, ("batch", None)), window=(mask.window, ()), key=(key if rate else None, (None,)))
+
+  def local(q, k, v, bias, mask, window, key):
+    start = sharding.place("batch") * q.shape[0], sharding.place("heads") * q.shape[2]
+    return flash.attention(
+      q, k, v, bias, mask.replace(window=window), rate, key, softcap, platform, heads=heads, start=start,
+      interpret=interpret)  # fmt: skip
+
+  out = _on_each_device(local, *given.values())
+  return jnp.where(mask.sees()[..., None, None], out, 0)
+
+
 def _splash(q, k, v, mask: Mask, softcap: float, interpret: bool = False) -> jax.Array:
   """Splash attention (jax.experimental.pallas.ops.tpu), segments and all; lengths are filled up to whole lanes."""
   splash, _ = _pallas()
@@ -177,7 +236,8 @@ def _splash(q, k, v, mask: Mask, softcap: float, interpret: bool = False) -> jax
     heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH))
     return jax.vmap(one)(*heads_first, query, key).swapaxes(1, 2)
 
-  out = _on_each_device(local)(q, k, v, *segments)[:, :T]
+  tensors = ("batch", "length", "heads", None)
+  out = _on_each_device(local, *((x, tensors) for x in (q, k, v)), *((x, ("batch", None)) for x in segments))[:, :T]
   return jnp.where(mask.sees()[..., None, None], out.astype(q.dtype), 0)
 
 
@@ -188,15 +248,15 @@ def _pallas() -> tuple[Any, Any]:
   return splash_attention_kernel, splash_attention_mask
 
 
-def _on_each_device(fn):
-  """Returns `fn` run on the part of each device: rows and heads are split as activations are."""
+def _on_each_device(fn, *given: tuple[Any, tuple]) -> jax.Array:
+  """Returns fn(*operands) [B, T, N, H], run on the part of each device; `given` are (operand, logical axes): rows and
+  heads are split as activations are."""
+  operands, axes = zip(*given)
   found = sharding.current()
   if found is None:
-    return fn
-  mesh, rules = found
-  heads = sharding.spec(mesh, rules, ("batch", None, "heads", None))
-  rows = PartitionSpec(heads[0], None)
-  return jax.shard_map(fn, mesh=mesh, in_specs=(heads,) * 3 + (rows,) * 2, out_specs=heads, check_vma=False)
+    return fn(*operands)
+  specs = tuple(sharding.spec(*found, a) for a in axes)
+  return jax.shard_map(fn, mesh=found[0], in_specs=specs, out_specs=specs[0], check_vma=False)(*operands)
 
 
 @functools.lru_cache(maxsize=64)

@@ -184,7 +184,12 @@ def hash_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   place = jnp.zeros(shape, jnp.uint32)
   for i, stride in enumerate(math.prod(shape[i + 1 :]) for i in range(len(shape))):
     place += lax.broadcasted_iota(jnp.uint32, shape, i) * jnp.uint32(stride % 2**32)
-  return _mix(_mix(place ^ words[0]) + words[1])
+  return hash_at(place, words[0], words[1])
+
+
+def hash_at(place: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns what `hash_bits` with the words a and b has at each `place` of a flat array, uint32."""
+  return _mix(_mix(place ^ a) + b)
 
 
 def _mix(x: jax.Array) -> jax.Array:

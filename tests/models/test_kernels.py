@@ -7,6 +7,9 @@ bias or hardware forbid it, or refused in silence. Kernels of TPUs run in the in
 very arguments that cuDNN gets; tests/test_tpu.py compiles the real ones.
 """
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 
 from jaxft import sharding
 from jaxft.errors import InputError
-from jaxft.models import kernels, layers
+from jaxft.models import flash, kernels, layers
 from jaxft.models.scores import Mask, attend, in_blocks
 
 H = 16
@@ -74,6 +77,9 @@ def steps(name, softcap):
     return lambda q, k, v, b, m: attend(q, k, v, b, m.dense(), 0.0, None, softcap)
   if name == "blocks":
     return lambda q, k, v, b, m: in_blocks(q, k, v, b, m, 0.0, None, softcap, 8)
+  if name.startswith("flash"):
+    platform = name.removeprefix("flash-")
+    return lambda q, k, v, b, m: kernels._flash(q, k, v, b, m, 0.0, None, softcap, platform, interpret=True)
   if name == "splash":
     return lambda q, k, v, b, m: kernels._splash(q, k, v, m, softcap, interpret=True)
   return lambda q, k, v, b, m: kernels._cudnn(q, k, v, b, m)
@@ -94,12 +100,13 @@ CASES = {
   "cap": dict(T=40, S=40, N=2, G=1, causal=True, softcap=2.0),
 }
 CANNOT = dict(  # what a step refuses: test_what_refuses_a_kernel
-  splash=("prefix", "bias", "causal-bias"), cudnn=("cap",), blocks=(), dense=()
+  splash=("prefix", "bias", "causal-bias"), cudnn=("cap",), blocks=(), dense=(), **{"flash-tpu": (), "flash-gpu": ()}
 )
 
 
 @pytest.mark.parametrize("step, name", [(s, n) for s, cannot in CANNOT.items() for n in CASES if n not in cannot])
 def test_against_float64(step, name, monkeypatch):
+  monkeypatch.setattr(flash, "TILES", dict(tpu=(16, 8), gpu=(8,)))  # so that there are several, of both kinds
   real = jax.nn.dot_product_attention
   monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: real(*a, **{**k, "implementation": "xla"}))
   given = dict(CASES[name])
@@ -137,12 +144,81 @@ def test_splash_on_a_mesh(axes):
   np.testing.assert_allclose(jax.jit(run)(q, k, v), attend(q, k, v, None, mask.dense(), 0.0, None), atol=2e-5)
 
 
-def choose(platform, monkeypatch, name="causal", how="auto", dtype=jnp.bfloat16, rate=0.0, head=H, traced=False):
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("axes", [None, dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=4, tensor=1)])
+def test_flash_drops_what_dense_drops_on_any_mesh(platform, axes, monkeypatch):
+  """With everything in it: a bias, dropout, heads that share keys, a window that is traced; all gradients."""
+  monkeypatch.setattr(flash, "TILES", dict(tpu=(16, 8), gpu=(8,)))
+  (q, k, v, b), mask, g = case(37, 37, 4, 2, causal=True, bias=True, B=8)
+  words, rules = jnp.array([3, 5], jnp.uint32), dict(batch=("data", "fsdp"), heads="tensor")
+  mesh = axes and sharding.make_mesh(axes, jax.devices()[: np.prod(list(axes.values()))])
+
+  def both(way, window):
+    def run(*x):
+      return way(*x, mask.replace(window=window))
+
+    out, pull = jax.vjp(run, q, k, v, b)
+    return out, *pull(g)
+
+  def flashed(*x):
+    with sharding.use(mesh, rules) if axes else contextlib.nullcontext():
+      return kernels._flash(*x, 0.3, words, 0.0, platform, interpret=True)
+
+  found = jax.jit(functools.partial(both, flashed))(jnp.int32(20))
+  want = jax.jit(functools.partial(both, lambda *x: attend(*x, 0.3, words)))(jnp.int32(20))
+  for a, b, what in zip(found, want, ("out", *"qkvb")):
+    np.testing.assert_allclose(a, b, atol=2e-5, err_msg=what)
+
+
+def test_flash_skips_tiles_that_no_query_sees(monkeypatch):
+  """What it says it will look at is what the mask leaves, tile by tile, and no more for packed rows and windows."""
+  monkeypatch.setattr(flash, "TILES", dict(gpu=(8,)))
+  seen = []
+  monkeypatch.setattr(flash, "_flash", lambda form, q, k, v, bias, about: seen.append(about) or q)
+  for given in (dict(causal=True), dict(causal=True, window=5), dict(window=4), dict(causal=True, prefix=True)):
+    (q, k, v, _), mask, _ = case(64, 64, 2, 2, **given)
+    flash.attention(q, k, v, None, mask, 0.0, None, 0.0, "gpu")
+    tiles = np.asarray(mask.dense())[:, 0].reshape(3, 8, 8, 8, 8).any((2, 4))
+    for name, some in (("keys", tiles), ("queries", tiles.swapaxes(1, 2))):
+      first, end = np.asarray(seen[-1][name])
+      place = np.arange(8)
+      inside = (place >= first[..., None]) & (place < end[..., None])
+      assert (some <= inside).all(), f"{given}: a tile that is seen is left out"
+      if not given.get("prefix"):
+        assert (inside.sum() <= some.sum() + 2) and not inside[2].any(), f"{given}: {inside.sum()} for {some.sum()}"
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_flash_is_checked_on_the_device_before_it_is_taken(platform, monkeypatch):
+  assert flash.check(platform, interpret=True) < 0.01
+  monkeypatch.setattr(flash, "MASKED", -1.0)  # what is not to be seen is
+  assert flash.check(platform, interpret=True) > 0.02
+  monkeypatch.undo()
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  real = functools.partial(flash.check, interpret=True)
+  for check, name, why in (
+    (lambda p: 0.5, "dense", "0.5 off what XLA gives"),
+    (lambda p: float("nan"), "dense", "nan off"),
+    (lambda p: 1 / 0, "dense", "it fails (ZeroDivisionError"),
+    (real, "flash", ""),
+  ):
+    kernels._wrong.cache_clear()
+    monkeypatch.setattr(flash, "check", check)
+    chosen = []  # as in a model: while a step is traced
+    jax.jit(lambda x: chosen.append(choose(platform, monkeypatch, rate=0.1)) or x).lower(1.0)  # noqa: B023
+    assert chosen[0][0] == name and why in chosen[0][1].get("flash", "")
+  kernels._wrong.cache_clear()
+
+
+def choose(
+  platform, monkeypatch, name="causal", how="auto", dtype=jnp.bfloat16, rate=0.0, head=H, traced=False, rows=False, T=0
+):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
   given = dict(CASES[name])
   softcap = given.pop("softcap", 0.0)
   (q, k, _, bias), mask, _ = case(**given)
-  q, k = (jnp.zeros((*x.shape[:3], head), dtype) for x in (q, k))
+  q, k = (jax.ShapeDtypeStruct((x.shape[0], T or x.shape[1], x.shape[2], head), dtype) for x in (q, k))
+  bias = np.zeros((3, 1, 1, 1)) if rows else bias
   mask = mask.replace(window=jnp.int32(3)) if traced else mask
   return kernels.choose(q, k, bias, mask, rate, softcap, how)
 
@@ -153,30 +229,42 @@ def choose(platform, monkeypatch, name="causal", how="auto", dtype=jnp.bfloat16,
     ("tpu", {}, "splash", ""),
     ("tpu", dict(name="window"), "splash", ""),
     ("tpu", dict(name="cap"), "splash", ""),
-    ("tpu", dict(name="bias"), "dense", "a bias is added"),
-    ("tpu", dict(name="prefix"), "dense", "both directions"),
-    ("tpu", dict(rate=0.1), "dense", "dropout of 0.1 (model.attention_dropout=0"),
-    ("tpu", dict(traced=True), "dense", "windows differ"),
+    ("tpu", dict(name="bias"), "flash", "a bias is added"),
+    ("tpu", dict(name="prefix"), "flash", "both directions"),
+    ("tpu", dict(rate=0.1), "flash", "dropout of 0.1 (model.attention_dropout=0"),
+    ("tpu", dict(traced=True), "flash", "windows differ"),
     ("gpu", dict(name="packed"), "cudnn", ""),
-    ("gpu", dict(name="causal"), "dense", "these are 37 and 37"),
+    ("gpu", dict(name="causal"), "flash", "these are 37 and 37"),
     ("gpu", dict(name="causal-bias"), "cudnn", ""),
     ("gpu", dict(name="prefix"), "cudnn", ""),
-    ("cuda", dict(name="cap"), "dense", "a cap of 2"),
-    ("gpu", dict(dtype=jnp.float32), "dense", "activations are float32"),
-    ("gpu", dict(head=12), "dense", "heads of 12"),
-    ("gpu", dict(rate=0.1), "dense", "dropout"),
+    ("cuda", dict(name="cap"), "flash", "a cap of 2"),
+    ("gpu", dict(head=12), "flash", "heads of 12"),
+    ("gpu", dict(rate=0.1), "flash", "dropout"),
     ("cpu", {}, "dense", ""),
   ],
 )
 def test_what_refuses_a_kernel(platform, given, step, why, monkeypatch):
   name, reasons = choose(platform, monkeypatch, **given)
   own = kernels.KERNEL.get(platform)
-  assert name == step and why in reasons.get(own, "") and bool(why) == (own in reasons)
-  if why:
-    with pytest.raises(InputError, match="'strict'.*refused"):
-      choose(platform, monkeypatch, how="strict", **given)
-  else:
-    assert choose(platform, monkeypatch, how="strict", **given)[0] == step
+  assert name == step and why in reasons.get(own, "") and bool(why) == (own in reasons) and "flash" not in reasons
+  assert choose(platform, monkeypatch, how="strict", **given)[0] == step
+
+
+@pytest.mark.parametrize(
+  "platform, given, own, why",
+  [
+    ("gpu", dict(dtype=jnp.float32), "activations are float32", "activations are float32"),
+    ("tpu", dict(dtype=jnp.float32, rate=0.1), "dropout", "activations are float32"),
+    ("gpu", dict(head=264), "heads of 264", "wider than 256"),
+    ("gpu", dict(rows=True), "a bias of its own", "a bias of its own"),
+    ("tpu", dict(name="bias", head=128, T=6000), "a bias is added", "6000 tokens do not fit"),
+  ],
+)
+def test_what_refuses_all_kernels(platform, given, own, why, monkeypatch):
+  name, reasons = choose(platform, monkeypatch, **given)
+  assert name in ("dense", "blocks") and own in reasons[kernels.KERNEL[platform]] and why in reasons["flash"]
+  with pytest.raises(InputError, match="'strict'.*refused: .*; flash, as"):
+    choose(platform, monkeypatch, how="strict", **given)
 
 
 def test_one_step_may_be_asked_for(monkeypatch):

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxft import sharding
 from jaxft.models import kernels, layers, rope
-from jaxft.models.scores import MASKED, cap
+from jaxft.models.layers import MASKED, cap
 
 
 def positions(segments_BT: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ as `scores.attend` does.
 Letters as in scores.py, T and S filled up to whole tiles; t, s: queries and keys of a tile; R = N / G.
 """
 
-import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping
@@ -21,27 +20,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from jaxft.models import layers
-from jaxft.models.scores import MASKED, Mask, attend, cap
+from jaxft.models import flash_tiles, layers
+from jaxft.models.flash_tiles import WINDOW, Form
+from jaxft.models.scores import Mask, attend
 
 TILES = dict(tpu=(256, 128), gpu=(64,))  # queries, and keys, of a tile: the largest that divides the length
 WIDTHS = dict(tpu=1, gpu=16)  # least width of a head that a product takes; on a GPU it is a power of two
-WINDOW, WORDS, ROW, HEAD = 0, 1, 3, 4  # places in `numbers`
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """What a program is compiled for."""
-
-  platform: str  # tpu or gpu
-  t: int
-  s: int
-  shape: tuple[int, int, int]  # heads of all devices, queries and keys before they were filled up
-  causal: bool
-  windowed: bool
-  softcap: float
-  rate: float
-  interpret: bool
 
 
 def attention(
@@ -143,7 +127,7 @@ def _forward(form, q, k, v, bias, about):
   B, N, T, H = q.shape
   ins = _by_queries(form, q, k, v, bias, about)
   outs = dict(out=(jax.ShapeDtypeStruct(q.shape, q.dtype), ins["q"][1]), log_total=_line(form, B, N, T))
-  out, log_total = _call(form, _forward_kernel, (B, N, T // form.t), ins, outs)
+  out, log_total = _call(form, flash_tiles.forward, (B, N, T // form.t), ins, outs)
   out, log_total = (checkpoint_name(x, layers.KEPT) for x in (out, log_total))
   return out, (q, k, v, bias, about, out, log_total)
 
@@ -155,11 +139,11 @@ def _backward(form, kept, g):
   line = _line(form, B, N, T)[1]
   ins = _by_queries(form, q, k, v, bias, about)
   more = dict(g=(g, ins["q"][1]), log_total=(log_total, line), delta=(delta, line))
-  of_q = _call(form, _query_kernel, (B, N, T // form.t), ins | more, dict(out=(q, ins["q"][1])))[0]
+  of_q = _call(form, flash_tiles.of_queries, (B, N, T // form.t), ins | more, dict(out=(q, ins["q"][1])))[0]
   ins = _by_keys(form, q, k, v, bias, about) | dict(zip(more, _whole((g, log_total, delta))))
   one = jax.ShapeDtypeStruct((B, N, S, H), k.dtype if N == G else jnp.float32)
-  out = (one, _spec((None, None, form.s, H), lambda b, n, j: (b, n, j, 0)))
-  of_kv = _call(form, _key_kernel, (B, N, S // form.s), ins, dict(of_k=out, of_v=out))
+  out = (one, ((None, None, form.s, H), lambda b, n, j: (b, n, j, 0)))
+  of_kv = _call(form, flash_tiles.of_keys, (B, N, S // form.s), ins, dict(of_k=out, of_v=out))
   of_k, of_v = (x.reshape(B, G, N // G, S, H).sum(2).astype(k.dtype) if N != G else x for x in of_kv)
   of_bias = None
   if bias is not None:
@@ -175,13 +159,13 @@ def _of_bias(form, q, k, v, bias, about, g, log_total, delta) -> jax.Array:
   after the other, on a GPU a loop."""
   (B, N, T, H), R, (t, s) = q.shape, q.shape[1] // k.shape[1], (form.t, form.s)
   one = form.platform == "tpu"
-  spec = lambda shape, place: _spec((None if one else B, *shape), lambda n, i, j, b=0: (b, *place(n, i, j)))
+  spec = lambda shape, place: ((None if one else B, *shape), lambda n, i, j, b=0: (b, *place(n, i, j)))
   ins = dict(
     numbers=(about["numbers"], None),
     q=(q, spec((None, t, H), lambda n, i, j: (n, i, 0))),
     k=(k, spec((None, s, H), lambda n, i, j: (n // R, j, 0))),
     v=(v, spec((None, s, H), lambda n, i, j: (n // R, j, 0))),
-    bias=(bias, _spec((None, None, t, s), lambda n, i, j, b=0: (0, n, i, j))),
+    bias=(bias, ((None, None, t, s), lambda n, i, j, b=0: (0, n, i, j))),
     query=(about["query"], spec((t, 1), lambda n, i, j: (i, 0))),
     key=(about["key"], spec((1, s), lambda n, i, j: (0, j))),
     prefix=(about["prefix"], spec((1, s), lambda n, i, j: (0, j))),
@@ -189,9 +173,9 @@ def _of_bias(form, q, k, v, bias, about, g, log_total, delta) -> jax.Array:
     log_total=(log_total, spec((None, 1, t), lambda n, i, j: (n, 0, i))),
     delta=(delta, spec((None, 1, t), lambda n, i, j: (n, 0, i))),
   )
-  out = _spec((None, None, t, s), lambda n, i, j, b=0: (0, n, i, j))
+  out = ((None, None, t, s), lambda n, i, j, b=0: (0, n, i, j))
   grid = (N, T // t, bias.shape[3] // s, *((B,) if one else ()))
-  kernel = functools.partial(_bias_kernel, rows=B)
+  kernel = functools.partial(flash_tiles.of_bias, rows=B)
   return _call(form, kernel, grid, ins, dict(out=(jax.ShapeDtypeStruct(bias.shape, jnp.float32), out)), plain=True)[0]
 
 
@@ -222,45 +206,37 @@ def _call(form: Form, kernel: Callable, grid: tuple, ins: Mapping, outs: Mapping
     params = triton.CompilerParams(num_warps=4, num_stages=2)
   else:
     params = tpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3))
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outs.values()]
   made = pl.pallas_call(
     run, grid=(grid[2], *grid[:2]) if turned else grid, in_specs=[spec(x) for _, x in ins.values()],
-    out_specs=[spec(x) for _, x in outs.values()], out_shape=[_shape(x) for x, _ in outs.values()],
-    interpret=form.interpret, compiler_params=params,
-    name=f"flash{getattr(kernel, 'func', kernel).__name__}")  # fmt: skip
+    out_specs=[spec(x) for _, x in outs.values()], out_shape=shapes, interpret=form.interpret, compiler_params=params,
+    name=f"flash_{getattr(kernel, 'func', kernel).__name__}")  # fmt: skip
   return made(*(x for x, _ in ins.values()))
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _spec(shape: tuple, place: Callable) -> tuple:
-  return shape, place
 
 
 def _whole(arrays: tuple) -> list[tuple]:
   """Gives each [B, N, ., .] with all there is of a row and head."""
-  return [(x, _spec((None, None, *x.shape[2:]), lambda b, n, i: (b, n, 0, 0))) for x in arrays]
+  return [(x, ((None, None, *x.shape[2:]), lambda b, n, i: (b, n, 0, 0))) for x in arrays]
 
 
 def _line(form: Form, B: int, N: int, T: int) -> tuple:
   """A number a query. It lies along the lanes of a TPU, where a column would take 128 times the memory."""
   one = jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32)
-  return one, _spec((None, None, 1, form.t), lambda b, n, i: (b, n, 0, i))
+  return one, ((None, None, 1, form.t), lambda b, n, i: (b, n, 0, i))
 
 
 def _by_queries(form: Form, q, k, v, bias, about) -> dict:
   (_, N, _, H), (G, S) = q.shape, k.shape[1:3]
-  keys = _spec((None, None, S, H), lambda b, n, i: (b, n // (N // G), 0, 0))
-  row = _spec((None, 1, S), lambda b, n, i: (b, 0, 0))
+  keys = ((None, None, S, H), lambda b, n, i: (b, n // (N // G), 0, 0))
+  row = ((None, 1, S), lambda b, n, i: (b, 0, 0))
   return dict(
     numbers=(about["numbers"], None),
     range=(about["keys"], None),
-    q=(q, _spec((None, None, form.t, H), lambda b, n, i: (b, n, i, 0))),
+    q=(q, ((None, None, form.t, H), lambda b, n, i: (b, n, i, 0))),
     k=(k, keys),
     v=(v, keys),
-    bias=(bias, _spec((None, None, form.t, S), lambda b, n, i: (0, n, i, 0))),
-    query=(about["query"], _spec((None, form.t, 1), lambda b, n, i: (b, i, 0))),
+    bias=(bias, ((None, None, form.t, S), lambda b, n, i: (0, n, i, 0))),
+    query=(about["query"], ((None, form.t, 1), lambda b, n, i: (b, i, 0))),
     key=(about["key"], row),
     prefix=(about["prefix"], row),
   )
@@ -268,146 +244,16 @@ def _by_queries(form: Form, q, k, v, bias, about) -> dict:
 
 def _by_keys(form: Form, q, k, v, bias, about) -> dict:
   (_, N, T, H), G = q.shape, k.shape[1]
-  keys = _spec((None, None, form.s, H), lambda b, n, j: (b, n // (N // G), j, 0))
-  row = _spec((None, 1, form.s), lambda b, n, j: (b, 0, j))
+  keys = ((None, None, form.s, H), lambda b, n, j: (b, n // (N // G), j, 0))
+  row = ((None, 1, form.s), lambda b, n, j: (b, 0, j))
   return dict(
     numbers=(about["numbers"], None),
     range=(about["queries"], None),
     q=_whole((q,))[0],
     k=(k, keys),
     v=(v, keys),
-    bias=(bias, _spec((None, None, T, form.s), lambda b, n, j: (0, n, 0, j))),
-    query=(about["query"], _spec((None, T, 1), lambda b, n, j: (b, 0, 0))),
+    bias=(bias, ((None, None, T, form.s), lambda b, n, j: (0, n, 0, j))),
+    query=(about["query"], ((None, T, 1), lambda b, n, j: (b, 0, 0))),
     key=(about["key"], row),
     prefix=(about["prefix"], row),
   )
-
-
-# ---- what a program does
-
-
-def _dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
-  return lax.dot_general(a, b, (((over_a,), (over_b,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _scores(form: Form, numbers, q, k, bias, query, key, prefix, row, head, i, j) -> tuple:
-  """Returns float32 [t, s]: the scores of a tile, MASKED where they do not count; those before cap, bias and mask; and
-  bool [t, s], what dropout leaves, or None."""
-  raw = _dot(q, k, 1, 1)
-  scores = cap(raw, form.softcap)
-  if bias is not None:
-    scores += bias.astype(jnp.float32)
-  at = [first + lax.broadcasted_iota(jnp.int32, raw.shape, a) for a, first in enumerate((i * form.t, j * form.s))]
-  distance = at[0] - at[1]
-  seen = (query == key) & (key > 0)
-  if form.causal:
-    seen &= (distance >= 0) if prefix is None else (distance >= 0) | (prefix != 0)
-  if form.windowed:
-    seen &= distance < numbers[WINDOW] if form.causal else jnp.abs(distance) <= numbers[WINDOW]
-  keep = None
-  if form.rate:
-    N, T, S = form.shape
-    place = (((numbers[ROW] + row) * N + numbers[HEAD] + head) * T + at[0]) * S + at[1]
-    words = [numbers[WORDS + n].astype(jnp.uint32) for n in range(2)]
-    keep = layers.hash_at(place.astype(jnp.uint32), *words) >= jnp.uint32(round(form.rate * 2**32))
-  return jnp.where(seen, scores, MASKED), raw, keep
-
-
-def _forward_kernel(form: Form, r: types.SimpleNamespace, row, head, i):
-  q, query, s = r.q[...], r.query[...], form.s
-
-  def body(j, carry):
-    out, most, total = carry
-    at = pl.ds(pl.multiple_of(j * s, s), s)
-    bias, prefix = (x if x is None else x[:, at] for x in (r.bias, r.prefix))
-    scores, _, keep = _scores(form, r.numbers, q, r.k[at, :], bias, query, r.key[:, at], prefix, row, head, i, j)
-    now = jnp.maximum(most, jnp.max(scores, 1, keepdims=True))
-    shrink, e = jnp.exp(most - now), jnp.exp(scores - now)
-    total = total * shrink + jnp.sum(e, 1, keepdims=True)
-    e = e if keep is None else jnp.where(keep, e, 0.0)
-    return out * shrink + _dot(e.astype(r.v.dtype), r.v[at, :], 1, 0), now, total
-
-  column = jnp.zeros((form.t, 1), jnp.float32)
-  start = jnp.zeros(q.shape, jnp.float32), column + MASKED, column
-  out, most, total = lax.fori_loop(r.range[0, row, i], r.range[1, row, i], body, start)
-  total = jnp.where(total == 0, 1.0, total)  # no key to see
-  r.out[...] = (out / (total * (1 - form.rate))).astype(r.out.dtype)
-  r.log_total[...] = _turned(most + jnp.log(total))
-
-
-def _turned(x: jax.Array) -> jax.Array:
-  """Returns [1, n] of [n, 1], or the other way round, by operations that both compilers have."""
-  n, axis = x.size, int(x.shape[0] == 1)
-  eye = lax.broadcasted_iota(jnp.int32, (n, n), 0) == lax.broadcasted_iota(jnp.int32, (n, n), 1)
-  return jnp.sum(jnp.where(eye, x, 0.0), axis, keepdims=True)
-
-
-def _of_scores(form: Form, scores, raw, keep, g, v, log_total, delta) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns float32 [t, s]: the gradient of the scores, that of the products, and what weighed the values."""
-  probs = jnp.exp(scores - log_total)
-  of_probs, used = _dot(g, v, 1, 1), probs
-  if keep is not None:
-    of_probs, used = (jnp.where(keep, x * (1 / (1 - form.rate)), 0.0) for x in (of_probs, probs))
-  of_scores = probs * (of_probs - delta)
-  slope = 1 - jnp.square(jnp.tanh(raw / form.softcap)) if form.softcap else 1
-  return of_scores, of_scores * slope, used
-
-
-def _query_kernel(form: Form, r: types.SimpleNamespace, row, head, i):
-  q, query, g, s = r.q[...], r.query[...], r.g[...], form.s
-  log_total, delta = _turned(r.log_total[...]), _turned(r.delta[...])
-
-  def body(j, of_q):
-    at = pl.ds(pl.multiple_of(j * s, s), s)
-    k, v = r.k[at, :], r.v[at, :]
-    bias, prefix = (x if x is None else x[:, at] for x in (r.bias, r.prefix))
-    scores = _scores(form, r.numbers, q, k, bias, query, r.key[:, at], prefix, row, head, i, j)
-    of_raw = _of_scores(form, *scores, g, v, log_total, delta)[1]
-    return of_q + _dot(of_raw.astype(k.dtype), k, 1, 0)
-
-  start = jnp.zeros(q.shape, jnp.float32)
-  r.out[...] = lax.fori_loop(r.range[0, row, i], r.range[1, row, i], body, start).astype(r.out.dtype)
-
-
-def _key_kernel(form: Form, r: types.SimpleNamespace, row, head, j):
-  k, v, key, t = r.k[...], r.v[...], r.key[...], form.t
-  prefix = None if r.prefix is None else r.prefix[...]
-
-  def body(i, carry):
-    of_k, of_v = carry
-    at = pl.ds(pl.multiple_of(i * t, t), t)
-    q, g, bias = r.q[at, :], r.g[at, :], None if r.bias is None else r.bias[at, :]
-    scores = _scores(form, r.numbers, q, k, bias, r.query[at, :], key, prefix, row, head, i, j)
-    log_total, delta = _turned(r.log_total[:, at]), _turned(r.delta[:, at])
-    _, of_raw, used = _of_scores(form, *scores, g, v, log_total, delta)
-    return of_k + _dot(of_raw.astype(q.dtype), q, 0, 0), of_v + _dot(used.astype(g.dtype), g, 0, 0)
-
-  start = (jnp.zeros(k.shape, jnp.float32),) * 2
-  of_k, of_v = lax.fori_loop(r.range[0, row, j], r.range[1, row, j], body, start)
-  r.of_k[...], r.of_v[...] = of_k.astype(r.of_k.dtype), of_v.astype(r.of_v.dtype)
-
-
-def _bias_kernel(form: Form, r: types.SimpleNamespace, head, i, j, row=None, *, rows: int):
-  bias = r.bias[...]
-
-  def one(b, of):
-    x = types.SimpleNamespace(**{
-      n: ref if ref is None else of(ref)
-      for n, ref in vars(r).items() if n not in ("numbers", "bias", "out")})  # fmt: skip
-    scores = _scores(form, r.numbers, x.q, x.k, bias, x.query, x.key, x.prefix, b, head, i, j)
-    return _of_scores(form, *scores, x.g, x.v, _turned(x.log_total), _turned(x.delta))[0]
-
-  if row is None:
-    start = jnp.zeros(bias.shape, jnp.float32)
-    r.out[...] = lax.fori_loop(0, rows, lambda b, sum_: sum_ + one(b, lambda ref: ref[b]), start)
-    return
-  found = one(row, lambda ref: ref[...])
-  first = row == 0
-
-  @pl.when(first)
-  def _():
-    r.out[...] = found
-
-  @pl.when(~first)
-  def _():
-    r.out[...] += found

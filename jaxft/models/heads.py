@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft import sharding
-from jaxft.models import attention, layers
+from jaxft.models import layers
 
 POOLS = ("first", "last", "mean")
 
@@ -74,11 +74,11 @@ class Head(nnx.Module):
       y = embed.attend(x)
     else:
       kernel = self.kernel[...].astype(self.dtype)
-      y = jnp.einsum("...d,dv->...v", x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+      y = layers.product("...d,dv->...v", x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
     if s.bias:
       bias = self.bias[...].astype(jnp.float32)
       y += jax.lax.stop_gradient(bias) if s.fixed_bias else bias
-    return attention.cap(y, s.softcap)
+    return layers.cap(y, s.softcap)
 
 
 def pool(x_BTD: jax.Array, segments_BT: jax.Array, examples: int, how: str, among_BT=None) -> jax.Array:

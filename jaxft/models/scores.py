@@ -16,8 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft import flops
 from jaxft.models import layers
-
-MASKED = -1e30  # added to scores that must not count: exp() of it is exactly 0 in float32, and no sum with it overflows
+from jaxft.models.layers import MASKED, cap
 
 
 @flax.struct.dataclass
@@ -148,11 +147,6 @@ def _to_keys(p_BNTS: jax.Array, x_BTNH: jax.Array, shape: tuple[int, ...]) -> ja
     return jnp.einsum("bnts,btnh->bsnh", p_BNTS, x_BTNH)
   p, x = p_BNTS.reshape(B, G, N // G, T, S), x_BTNH.reshape(B, T, G, N // G, H)
   return jnp.einsum("bgrts,btgrh->bsgh", p, x)
-
-
-def cap(x: jax.Array, softcap: float) -> jax.Array:
-  """Returns c tanh(x / c) for c = `softcap` (Gemma 2, section 2), `x` itself where it is 0."""
-  return softcap * jnp.tanh(x / softcap) if softcap else x
 
 
 def in_blocks(q_BTNH, k_BSGH, v_BSGH, bias_NTS, mask: Mask, rate: float, key, softcap: float, t: int) -> jax.Array:

@@ -209,6 +209,11 @@ def _key_data(seed: int) -> np.ndarray:
   return np.asarray(jax.random.key_data(jax.random.key(seed, impl=KEY)))
 
 
+# XLA:CPU copies parameters and statistics whole before the update writes over them, unless it looks more closely at who
+# still reads them: a fifth of the memory and 4 to 16% of the time of a step of GPT-2.
+ON_CPU = dict(xla_cpu_copy_insertion_use_region_analysis=True)
+
+
 def jit_train_step(
   step: Callable, mesh: Mesh, rules: sharding.Rules, abstract: TrainState, *, hyper: bool = False
 ) -> Callable:
@@ -222,6 +227,7 @@ def jit_train_step(
     donate_argnums=0,
     in_shardings=(places, sharding.batch_sharding(mesh, rules), *((one,) if hyper else ())),
     out_shardings=(places, one),
+    compiler_options=ON_CPU if mesh.devices.flat[0].platform == "cpu" else None,
   )
 
 

@@ -102,7 +102,7 @@ def test_labels_of_encoder_decoders(tmp_path, given):
     with torch.no_grad():
       want = theirs(torch.tensor(ids)).logits.softmax(-1)[0].numpy()
     assert x["output"] == NAMES[want.argmax()]
-    np.testing.assert_allclose(list(x["scores"].values()), want, rtol=1e-4)
+    np.testing.assert_allclose(list(x["scores"].values()), want, rtol=2e-4)  # sums of several log-probabilities
 
 
 def test_broken_numbers_are_named(tmp_path):

@@ -191,7 +191,7 @@ def test_flash_skips_tiles_that_no_query_sees(monkeypatch):
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_flash_is_checked_on_the_device_before_it_is_taken(platform, monkeypatch):
   assert flash.check(platform, interpret=True) < 0.01
-  monkeypatch.setattr(flash, "MASKED", -1.0)  # what is not to be seen is
+  monkeypatch.setattr(flash.flash_tiles, "MASKED", -1.0)  # what is not to be seen is
   assert flash.check(platform, interpret=True) > 0.02
   monkeypatch.undo()
   monkeypatch.setattr(jax, "default_backend", lambda: platform)

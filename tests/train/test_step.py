@@ -6,6 +6,7 @@ optimizer's own count, a state that is not born with its shardings, a step that 
 """
 
 import functools
+import re
 import time
 
 import jax
@@ -326,3 +327,10 @@ def test_a_step_compiled_early_is_the_one_that_is_called():
   bound.prepare(jax.ShapeDtypeStruct((), np.float32, sharding=one), spec(16))
   with pytest.raises(InputError, match="refused"):
     bound(state(), batch(16))
+
+
+def test_the_update_writes_over_the_state():
+  """On a CPU, too: neither parameters nor statistics are copied before."""
+  text = Run(numbers={}).step.as_text()
+  copied = re.findall(r" copy\(%(?:args_0|state)__?_?(params|opt)[\w.]*\)", text)
+  assert "input_output_alias" in text and not copied, f"{len(copied)} copies"

@@ -62,7 +62,7 @@ def test_equal_to_the_whole(kind, json, t):
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut)):
     np.testing.assert_allclose(b, a, rtol=2e-6)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(cut_grads), strict=True):
-    np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6 * float(jnp.abs(a).max()) + 1e-8)
+    np.testing.assert_allclose(b, a, rtol=1e-5, atol=3e-6 * float(jnp.abs(a).max()) + 1e-8)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 1.0])

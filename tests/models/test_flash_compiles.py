@@ -43,8 +43,9 @@ def test_flash_compiles_with_its_gradient(target, given):
       return out.astype(jnp.float32).sum()
 
   args = [shape(16, t, n, head), *(shape(16, t, given.get("kv", n), head) for _ in range(2))]
-  args += [jax.ShapeDtypeStruct((1, n, t, t), jnp.float32) if given.get("bias") else None, shape(16, t, dtype=jnp.int32)]
-  args += [shape(16, t, dtype=jnp.int32) if given.get("prefix") else None, jax.ShapeDtypeStruct((2,), jnp.uint32)]
+  args += [jax.ShapeDtypeStruct((1, n, t, t), jnp.float32) if given.get("bias") else None]
+  tokens = shape(16, t, dtype=jnp.int32)
+  args += [tokens, tokens if given.get("prefix") else None, jax.ShapeDtypeStruct((2,), jnp.uint32)]
   wanted = (0, 1, 2, 3) if given.get("bias") else (0, 1, 2)
   compiled = jax.jit(jax.grad(loss, wanted)).lower(*args).compile()
   text = compiled.as_text()

@@ -21,19 +21,30 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "accelera
 
 
 class Referee:
-  """A worker's end of the pipe: `step` after each optimizer step; the worker sleeps in it between its rounds."""
+  """A worker's end of the pipe: `step` after each optimizer step; the worker sleeps in it between its rounds.
+
+  The first step after such a sleep does not count: memory that a worker gave back meanwhile has to be found again,
+  which a run without pauses has no part of.
+  """
 
   def __init__(self, warmup: int, **facts):
-    self.left, self.sums, self.facts = warmup, {}, facts
-    self.start, self.cpu = time.perf_counter(), time.process_time()
+    self.left, self.facts, self.waking = warmup, facts, False
+    self._begin()
+
+  def _begin(self) -> None:
+    self.sums, self.start, self.cpu = {}, time.perf_counter(), time.process_time()
 
   @property
   def last(self) -> bool:
-    """Whether the next step ends the round, so what is still under way has to be waited for."""
-    return self.left == 1
+    """Whether the next step ends the round, or what does not count of it: then what is under way is waited for."""
+    return self.waking or self.left == 1
 
   def step(self, loss: float | None = None, **counts: int) -> bool:
     """Adds a step and its counts; at the end of a round reports and waits for the next. False ends the worker."""
+    if self.waking:
+      self.waking = False
+      self._begin()
+      return True
     for name, value in counts.items():
       self.sums[name] = self.sums.get(name, 0) + int(value)
     self.left -= 1
@@ -45,7 +56,7 @@ class Referee:
     report = dict(self.sums, seconds=seconds, cpu_seconds=cpu, loss=loss, peak_mib=peak, **self.facts)
     print(MARK + json.dumps(report), flush=True)
     order = sys.stdin.readline().strip()
-    self.left, self.sums, self.start, self.cpu = int(order or 0), {}, time.perf_counter(), time.process_time()
+    self.left, self.waking = int(order or 0), True
     return self.left > 0
 
 

@@ -138,9 +138,13 @@ def _not_flash(platform: str, q, k, bias, mask: Mask, rate: float, softcap: floa
 
 
 def _fast_memory(q, k, bias) -> int:
-  """Returns the bytes of VMEM that flash takes for what is there whole, twice: one is used, one is being loaded."""
-  longest, lanes = max(q.shape[1], k.shape[1]), -(-q.shape[3] // LANES) * LANES
-  return 2 * longest * (2 * lanes * q.dtype.itemsize + (0 if bias is None else 256 * bias.dtype.itemsize))
+  """Returns the bytes of VMEM that flash takes for what is there whole, twice: one is used, one is being loaded.
+
+  These are two tensors of a head, a column of segments (of which each takes all lanes), and a strip of the bias.
+  """
+  lanes = -(-q.shape[3] // LANES) * LANES
+  token = 2 * lanes * q.dtype.itemsize + 4 * LANES + (0 if bias is None else 256 * bias.dtype.itemsize)
+  return 2 * max(q.shape[1], k.shape[1]) * token
 
 
 @functools.cache

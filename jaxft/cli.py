@@ -61,12 +61,8 @@ def _take_large_pages() -> None:
 
 def run(main: Callable[[Any], int | None], made: Any) -> None:
   """Runs `main(made)`, with the flags that `parse` returned, and exits with its code."""
-
-  def quietly(_: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)  # else the first line is JAX's, about the backends that are not here
-    errors.run(lambda _: main(made), [])
-
-  app.run(quietly, sys.argv[:1], flags_parser=lambda argv: argv)
+  logging.set_verbosity(logging.WARNING)  # else the first line is JAX's, about the backends that are not here
+  app.run(lambda _: errors.run(lambda _: main(made), []), sys.argv[:1], flags_parser=lambda argv: argv)
 
 
 def _parse(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The reader process itself: python -m jaxft.data.feeder FD, started by `feeding.start`, with its end of the socket."""
 
+import contextlib
 import os
 import pickle
 import queue
@@ -20,10 +21,8 @@ def main(link: Connection) -> None:
     signal.signal(number, signal.SIG_IGN)
   asked: queue.SimpleQueue = queue.SimpleQueue()
   threading.Thread(target=_listen, args=(link, asked), daemon=True).start()
-  try:
+  with contextlib.suppress(ImportError):  # the first stream, if there ever is one, meets it again and sends it
     pipeline.tensorflow()  # takes seconds: before it is wanted
-  except ImportError:
-    pass  # said by the first stream, if there ever is one
   try:
     while True:
       request = asked.get()

@@ -6,6 +6,7 @@ hosts) asks for a stream, STOP ends it early, and (BATCH, item), (END, None) or 
 """
 
 import atexit
+import contextlib
 import dataclasses
 import multiprocessing
 import pickle
@@ -54,12 +55,10 @@ class Reader:
       self.busy.release()
 
   def _stop(self) -> None:
-    try:
+    with contextlib.suppress(EOFError, ConnectionError):  # it has ended by itself: the next stream raises that
       self.link.send_bytes(STOP)
       while self.link.recv()[0] == BATCH:
-        pass
-    except (EOFError, ConnectionError):  # it has ended by itself, which the next stream will say
-      pass
+        continue
 
   def close(self) -> None:
     """Ends the process, which sees that nobody is there."""

@@ -200,9 +200,10 @@ def ways(logical: str | None) -> int:
 
 
 def place(logical: str) -> jax.Array | int:
-  """Returns which of the `ways(logical)` parts this device has, inside of jax.shard_map; 0 outside of `use`."""
+  """Returns which of the `ways(logical)` parts this device has, inside of jax.shard_map; 0 where none splits it."""
   context = _context.get()
-  return jax.lax.axis_index(mesh_axes(*context, logical)) if context else 0
+  axes = mesh_axes(*context, logical) if context else ()
+  return jax.lax.axis_index(axes) if axes else 0
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -210,7 +210,7 @@ def _cudnn(q, k, v, bias, mask: Mask) -> jax.Array:
 def _flash(q, k, v, bias, mask: Mask, rate: float, key, softcap: float, platform: str = "", interpret: bool = False):
   """Our own kernel on each device, which is told where its rows and heads stand among all."""
   platform, heads = platform or FLASH[sharding.platform()], q.shape[2]
-  tensors, plain = ("batch", "length", "heads", None), mask.replace(window=None)
+  tensors, plain = ("batch", None, "heads", None), mask.replace(window=None)
   given = dict(q=(q, tensors), k=(k, tensors), v=(v, tensors), bias=(bias, (None, "heads", None, None)))
   given |= dict(mask=(plain, ("batch", None)), window=(mask.window, ()), key=(key if rate else None, (None,)))
 
@@ -240,7 +240,7 @@ def _splash(q, k, v, mask: Mask, softcap: float, interpret: bool = False) -> jax
     heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH))
     return jax.vmap(one)(*heads_first, query, key).swapaxes(1, 2)
 
-  tensors = ("batch", "length", "heads", None)
+  tensors = ("batch", None, "heads", None)
   out = _on_each_device(local, *((x, tensors) for x in (q, k, v)), *((x, ("batch", None)) for x in segments))[:, :T]
   return jnp.where(mask.sees()[..., None, None], out.astype(q.dtype), 0)
 

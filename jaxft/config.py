@@ -36,6 +36,13 @@ OTHER_NAMES = dict(
   max_target_length="data.lengths.targets",
   source_prefix="task.input (write the prefix into the template)",
   gradient_checkpointing="model.remat",
+  lora_r="lora.rank",
+  r="lora.rank",
+  lora_alpha="lora.alpha",
+  lora_dropout="lora.dropout",
+  target_modules="lora.targets",
+  modules_to_save="trainable (what is trained beside the adapters)",
+  use_rslora="lora.rslora",
   early_stopping_patience="stop.patience",
   metric_for_best_model="save.best",
   save_steps="save.every",
@@ -100,6 +107,10 @@ def base() -> ConfigDict:
   c.trainable = (
     (r".*", True),
   )  # ordered: which parameters are trained; the rest have no gradient and no optimizer state
+  # adapters (arXiv 2106.09685) of this rank (0: none) on the linear layers whose whole names match one of `targets`,
+  # such as r".*_attn/[qv]"; times alpha / rank, rslora: alpha / sqrt(rank). Then they are trained, heads for labels and
+  # spans, and nothing else, unless `trainable` is changed: then what it says
+  c.lora = dict(rank=0, alpha=16.0, dropout=0.0, targets=(r".*/layers/.*",), rslora=False)
   c.unfreeze = ()  # ordered (regex, step or share of the steps): parameters that stand still until then
 
   c.evals = ConfigDict()  # name -> dict(kind=...); see EVAL above for the fields of a kind
@@ -141,6 +152,7 @@ def _model() -> ConfigDict:
   c.tokenizer = ""  # folder or Hub id; empty: the one beside the weights
   c.dtype = "auto"  # of activations: bfloat16, float32; auto: bfloat16 on TPU and GPU, float32 on CPU
   c.params_dtype = "float32"  # of the master weights
+  c.frozen_dtype = ""  # of weights that are not trained, such as bfloat16 under adapters; empty: as params_dtype
   # rates, unset: as in the model's config.json. dropout: all that are not 0 there
   c.dropout = config_dict.placeholder(float)
   c.attention_dropout = config_dict.placeholder(float)

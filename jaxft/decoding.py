@@ -39,7 +39,7 @@ def load(name: str, which: str, dtype: str) -> Loaded:
     c, m, checkpointer = runs.run(name, dtype)
     given = hub.read_json(home / modeling.FOLDER / runs.TASK)
     chat = kinds.template(m.tokenizer) if given.get("chat") else None
-    params = runs.weights(m, checkpointer, runs.pick(checkpointer, which))
+    m, params = modeling.whole(m, runs.weights(m, checkpointer, runs.pick(checkpointer, which)))
     templates, length = list(zip(given["inputs"], given["pairs"])), c.data.lengths["inputs"]
     windows = dict(length=length, stride=qa.overlap(setup.task(c).stride, length), empty=given.get("empty", False))
     return Loaded(m, params, templates, setup.cleaning(c), chat, windows)

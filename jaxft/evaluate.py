@@ -50,6 +50,7 @@ def evaluate(
       raise InputError("--model needs --config, which says what to evaluate on.")
     c = config.check(ConfigDict(c))
     c.model.init, c.model.config = name, ConfigDict()
+    c.lora.rank, c.model.frozen_dtype = 0, ""  # a model folder is whole, and nothing is trained
     if c.model.tokenizer:
       observe.log.info("The tokenizer of %s is used, not model.tokenizer=%s.", name, c.model.tokenizer)
       c.model.tokenizer = ""

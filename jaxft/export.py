@@ -1,8 +1,8 @@
 """Exports a run as a Hugging Face folder: python -m jaxft.export --workdir=runs/t5 --output=t5-finetuned
 [--checkpoint=best]
 
-The folder loads with transformers' from_pretrained. What was written is read again, and the largest difference is
-printed.
+The folder loads with transformers' from_pretrained; adapters alone, for PEFT, are in its folder adapter. What was
+written is read again, and the largest difference is printed.
 """
 
 import types
@@ -30,8 +30,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import hub, kinds, modeling, observe, runs, setup
+from jaxft import hub, kinds, modeling, observe, peft, runs, setup
 from jaxft.errors import InputError, NumbersError
+
+ADAPTER = "adapter"  # in an exported folder
 
 
 def write(
@@ -39,8 +41,13 @@ def write(
 ) -> float:
   """Writes `params` as a model folder, reads it again and returns the largest absolute difference.
 
-  `chat` is a chat template in place of the tokenizer's own.
+  Adapters are part of the weights there; by themselves they go to folder/adapter, for PEFT. `chat` is a chat template
+  in place of the tokenizer's own.
   """
+  if m.skeleton.lora is not None:
+    grown = m.stored.generation["vocab"] != m.skeleton.generation["vocab"]
+    peft.write(folder / ADAPTER, m.skeleton, params, m.trainable, "" if grown else m.base, m.mesh)
+    m, params = modeling.whole(m, params)
   hub.save(
     folder,
     m.skeleton.rules,
@@ -54,7 +61,7 @@ def write(
   if chat and jax.process_index() == 0:
     (folder / kinds.CHAT).write_text(chat, encoding="utf-8")
   difference = hub.verify(folder, m.skeleton.rules, params)
-  same = dtype == np.dtype(jax.tree.leaves(params)[0].dtype).name
+  same = all(dtype == np.dtype(x.dtype).name for x in jax.tree.leaves(params))
   if not np.isfinite(difference) or (same and difference > 0):
     raise NumbersError(
       f"export: {folder} read again differs from the weights in memory by {difference}; it must not be used."

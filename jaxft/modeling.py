@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 import jaxft
-from jaxft import hub, sharding, trees
+from jaxft import hub, peft, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import tokens
 from jaxft.errors import InputError, did_you_mean
 from jaxft.families import registry
+from jaxft.models import lora
 from jaxft.train import step
 
 log = logging.getLogger("jaxft")
@@ -47,6 +48,7 @@ class Source:
   json: dict  # config.json
   tokenizer: tokens.Tokenizer | None  # None: shapes alone are asked for
   tokens_folder: pathlib.Path
+  adapter: pathlib.Path | None = None  # a PEFT folder whose adapters are added to the weights
 
   @property
   def labels(self) -> tuple[str, ...]:
@@ -60,19 +62,40 @@ class Model:
   """A model without its weights, and where they will live."""
 
   folder: pathlib.Path | None  # of the weights it starts from; None: fresh ones
+  adapter: pathlib.Path | None  # see Source
+  base: str  # what it starts from, as other programs call it; "": fresh weights, or a model that no one else has
   tokens_folder: pathlib.Path
   skeleton: registry.Skeleton
   stored: registry.Skeleton  # as the weights in `folder` are; differs from `skeleton` where the vocabulary grows
+  merged: registry.Skeleton  # `skeleton` once its adapters are part of its weights; itself without
   plain: registry.Skeleton  # `skeleton` as plain XLA and without rematerialisation: the model's own FLOPs are counted
   again: registry.Skeleton  # the same with it
   tokenizer: tokens.Tokenizer
   mesh: jax.sharding.Mesh
   rules: dict
-  shardings: Any
+  trained: trees.Rules  # what of `skeleton` is trained
 
   @property
-  def stored_shardings(self) -> Any:
-    return sharding.leaf_shardings(self.mesh, self.rules, self.stored.axes, self.stored.shapes)
+  def trainable(self) -> Any:
+    """The flags of what is trained, see trees.trainable."""
+    return trees.trainable(self.trained, self.skeleton.shapes, self.skeleton.axes)
+
+  @property
+  def shardings(self) -> Any:
+    return self.of(self.skeleton)
+
+  def of(self, skeleton: registry.Skeleton) -> Any:
+    """Returns the shardings of the parameters of one of its skeletons."""
+    return sharding.leaf_shardings(self.mesh, self.rules, skeleton.axes, skeleton.shapes)
+
+
+def whole(m: Model, params: Any) -> tuple[Model, Any]:
+  """Returns (model, parameters) in which the adapters are part of the weights that they adapt."""
+  if m.skeleton.lora is None:
+    return m, params
+  scale = m.skeleton.lora.scale
+  merged = jax.jit(lambda p: lora.merged(p, scale), out_shardings=m.of(m.merged))(params)
+  return dataclasses.replace(m, skeleton=m.merged), merged
 
 
 def locate(name: str) -> pathlib.Path:
@@ -109,11 +132,17 @@ def source(c: Reader, home: pathlib.Path | None = None) -> Source:
       f"(fresh weights); there {'are both' if init else 'is neither'}."
     )
   folder = locate(init) if init and home is None else None
+  adapter, under = folder, peft.base_of(folder) if folder else ""
+  if under:
+    folder, named = locate(under), named or (under if not any(folder.glob("tokenizer*")) else str(folder))
+    log.info("%s holds adapters for %s.", init, under)
   json = hub.read_json(home / FOLDER / "config.json") if home else registry.read_config(folder) if folder else given
   if not (named or folder or home):
     raise InputError("config: model.tokenizer is empty; fresh weights need the folder or Hub id of a tokenizer.")
+  json = peft.with_head(adapter, json) if under else json
   from_ = home / FOLDER if home else locate(named) if named else folder
-  return Source(folder, home, json, tokens.load(str(from_), tuple(c.model.languages)), from_)
+  loaded = tokens.load(str(from_), tuple(c.model.languages))
+  return Source(folder, home, json, loaded, from_, adapter if under else None)
 
 
 def make(c: Reader, s: Source, want: registry.Wanted | None, devices: Sequence[jax.Device] | None = None) -> Model:
@@ -138,16 +167,64 @@ def make(c: Reader, s: Source, want: registry.Wanted | None, devices: Sequence[j
     prefix=c.task["kind"] == "prefix_lm",
     want=want,
   )
-  stored = skeleton = registry.skeleton(s.json, **how)
-  if c.model.resize and s.tokenizer and s.tokenizer.size > skeleton.generation["vocab"]:
-    skeleton = registry.skeleton(registry.with_vocab(s.json, s.tokenizer.size), **how)
+  stored = merged = registry.skeleton(s.json, **how)
+  if c.model.resize and s.tokenizer and s.tokenizer.size > merged.generation["vocab"]:
+    merged = registry.skeleton(registry.with_vocab(s.json, s.tokenizer.size), **how)
+  if s.tokenizer:
+    tokens.check_vocab(s.tokenizer, merged.generation["vocab"])
+  how["adapters"] = adapters(c)
+  skeleton = registry.skeleton(merged.json, **how) if how["adapters"] else merged
+  trained, frozen = _trained(c, skeleton), c.model.frozen_dtype
+  if frozen:
+    frozen, flags = floating("model.frozen_dtype", frozen), trees.trainable(trained, skeleton.shapes, skeleton.axes)
+    skeleton, stored = skeleton.with_frozen(flags, frozen), stored.with_frozen(flags, frozen)
+    adapted = lora.adapters(flags)
+    flags = trees.map_with_path(lambda path, flag: flag if path not in adapted else True, lora.base(flags))
+    merged = merged.with_frozen(flags, frozen)
   plain = registry.skeleton(skeleton.json, **{**how, "remat": "none", "attention": "dense"})
   again = registry.skeleton(skeleton.json, **{**how, "attention": "dense"})
-  if s.tokenizer:
-    tokens.check_vocab(s.tokenizer, skeleton.generation["vocab"])
-  shardings = sharding.leaf_shardings(mesh, rules, skeleton.axes, skeleton.shapes)
   here = s.folder or (s.home / FOLDER if s.home else None)
-  return Model(here, s.tokens_folder, skeleton, stored, plain, again, s.tokenizer, mesh, rules, shardings)
+  return Model(
+    here,
+    s.adapter,
+    "" if s.adapter else _named(c.model.init),
+    s.tokens_folder,
+    skeleton,
+    stored,
+    merged,
+    plain,
+    again,
+    s.tokenizer,
+    mesh,
+    rules,
+    trained,
+  )
+
+
+def _named(init: str) -> str:
+  """Returns a name of the Hub as it is, and that of a folder from the root."""
+  folder = locate(init) if init.startswith("builtin:") else pathlib.Path(init).expanduser()
+  return str(folder.resolve()) if init and folder.is_dir() else init
+
+
+def adapters(c: Reader) -> lora.Spec | None:
+  """Returns the adapters of a config in numbers, None without."""
+  given = c.lora
+  spec = lora.Spec(given.rank, given.alpha, given.dropout, tuple(given.targets), given.rslora)
+  return spec if spec.rank else None
+
+
+def _trained(c: Reader, skeleton: registry.Skeleton) -> trees.Rules:
+  """Returns the rules of what is trained: those of the config, under adapters after these; left as they are, they
+  mean all that has no meaning yet: heads for labels and spans.
+  """
+  given = tuple(map(tuple, c.trainable))
+  if skeleton.lora is None:
+    return given
+  if given == ((".*", True),):
+    labels = ((r"head/.*", True),) if skeleton.kind in (*registry.LABELLED, "qa") else ()
+    given = (*labels, (r".*", False))
+  return ((lora.NAMES, True), *given)
 
 
 def wanted(kind: str, json: dict, labels: tuple[str, ...], *, multi: bool, mlp: tuple[int, str]) -> registry.Wanted:
@@ -181,28 +258,37 @@ def load(m: Model, seed: int, *, fresh: bool = False) -> Any:
     return step.init_params(m.skeleton.init, seed, m.shardings)
   names = dict(prefix=m.stored.prefix, renames=m.stored.renames)
   heads = [part.format(name) for name, _ in m.stored.spec.heads for part in PARTS]
-  without = hub.lacking(m.folder, m.stored.rules, m.stored.shapes, heads, replace=fresh, **names)
+  fresh_head = fresh or m.adapter is not None  # which brings its head with it
+  without = hub.lacking(m.folder, m.stored.rules, m.stored.shapes, heads, replace=fresh_head, **names)
   buffers = {f"{name}/bias" for name, head in m.stored.spec.heads if head.fixed_bias}  # zeros where a file has none
-  if without - buffers and not fresh:
+  if without - buffers and not fresh_head:
     raise InputError(
       f"{m.folder}: it has no head for this task ({', '.join(sorted(without))}); its outputs would be noise. Train it "
       "first (python -m jaxft.main), or give the folder of a model that was."
     )
-  params = hub.load(m.folder, m.stored.rules, m.stored.shapes, m.stored_shardings, without=without, **names)
+  params = hub.load(m.folder, m.stored.rules, m.stored.shapes, m.of(m.stored), without=without, **names)
   if without:
     log.info("Not in %s and drawn anew: %s.", m.folder, ", ".join(sorted(without)))
-    flat = trees.flatten(m.stored_shardings)
-    init = lambda key: trees.unflatten({p: x for p, x in trees.flatten(m.stored.init(key)).items() if p in without})
-    new = step.init_params(init, seed, trees.unflatten({p: flat[p] for p in flat if p in without}))
-    both = trees.flatten(params) | trees.flatten(new)
-    params = trees.unflatten({p: both[p] for p in flat})
-  if m.stored is m.skeleton:
-    return params
+    params = _drawn(m, m.stored, params, seed)
+  if m.adapter is not None:
+    params = peft.merge(m.adapter, m.stored, params, () if fresh else sorted(without - buffers))
   vocab = m.skeleton.generation["vocab"]
-  log.info(
-    "The vocabulary grows from %d to %d; new rows are the mean of the old ones.", m.stored.generation["vocab"], vocab
-  )
-  return jax.jit(lambda p: registry.resize(m.stored.json, p, vocab)[1], out_shardings=m.shardings)(params)
+  if m.stored.generation["vocab"] != vocab:
+    log.info(
+      "The vocabulary grows from %d to %d; new rows are the mean of the old ones.", m.stored.generation["vocab"], vocab
+    )
+    grow = lambda p: registry.resize(m.stored.json, p, vocab)[1]
+    params = jax.jit(grow, out_shardings=lora.base(m.shardings))(params)
+  return params if m.skeleton.lora is None else _drawn(m, m.skeleton, params, seed)
+
+
+def _drawn(m: Model, skeleton: registry.Skeleton, params: Any, seed: int) -> Any:
+  """Returns `params` with what they lack of the skeleton, drawn anew."""
+  there, flat = trees.flatten(params), trees.flatten(m.of(skeleton))
+  new = lambda tree: trees.unflatten({p: x for p, x in trees.flatten(tree).items() if p not in there})
+  drawn = step.init_params(lambda key: new(skeleton.init(key)), seed, new(m.of(skeleton)))
+  both = there | trees.flatten(drawn)
+  return trees.unflatten({p: both[p] for p in flat})
 
 
 def generation_config(m: Model) -> dict:

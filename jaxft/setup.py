@@ -273,7 +273,7 @@ def trainer(c: Reader, m: modeling.Model, data: cache.Store, steps: int, way: Wa
 
 def program(c: Reader, m: modeling.Model, data: cache.Store, steps: int, names: tuple[str, ...]) -> Program:
   """Returns the program of a config, which reads everything but the values of `names`."""
-  trainable = trees.trainable(c.trainable, m.skeleton.shapes, m.skeleton.axes)
+  trainable = m.trainable
   fields = ("name", "schedule", "warmup", "cooldown", "end", "clip", "decay_rules", "lr_rules", "layer_decay",
             "toward_init")  # fmt: skip
   free = {path: _at(c, path) for path in (*TRACED, *TRACED_IN_SWEEPS) if path not in names}

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from jaxft import hub, names
+from jaxft import hub, names, trees
 from jaxft.errors import InputError, did_you_mean
 from jaxft.families import (
   bart,
@@ -38,7 +39,7 @@ from jaxft.families import (
   t5,
 )
 from jaxft.families.family import Family, Head, end_tokens, head_rules, with_rate
-from jaxft.models import encdec, heads, kernels, layers
+from jaxft.models import encdec, heads, kernels, layers, lora
 
 Tree = Any
 log = logging.getLogger("jaxft")
@@ -123,11 +124,17 @@ class Skeleton:
   generation: dict  # decoder_start: int or None, eos: tuple of int, pad: int, vocab: int
   search: dict  # the fields of GENERATION that the config.json came with
   positions: int  # longest example in tokens; 0: no bound
+  lora: lora.Spec | None  # of its adapters, which `rules` know nothing of
   module: nnx.Module = dataclasses.field(repr=False)  # without values
 
   def init(self, key: jax.Array) -> Tree:
     """Returns fresh weights, distributed as the original's; pure, to be jitted with the shardings wanted."""
-    return layers.fresh(self.module, key)
+    return jax.tree.map(lambda x, want: x.astype(want.dtype), layers.fresh(self.module, key), self.shapes)
+
+  def with_frozen(self, trainable: Tree, dtype: Any) -> "Skeleton":
+    """Returns the model whose parameters without a True in `trainable` have another dtype."""
+    recast = lambda _, x, flag: x if np.any(flag) else jax.ShapeDtypeStruct(x.shape, dtype)
+    return dataclasses.replace(self, shapes=trees.map_with_path(recast, self.shapes, trainable))
 
   @property
   def generation_config(self) -> dict:
@@ -277,12 +284,14 @@ def skeleton(
   neftune: float = 0.0,
   prefix: bool = False,
   attention: str = "auto",
+  adapters: lora.Spec | None = None,
   want: Wanted | None = None,
 ) -> Skeleton:
   """Returns the model that `config_json` describes, without weights, with the head `want` (None: its own).
 
   `dropout` replaces the config's rates that are not 0 (None: keeps them), `attention_dropout` and `head_dropout` those
   of attention's probabilities and of the heads, whatever they are. `neftune`, `prefix`, `attention`: layers.Build.
+  `adapters`: of its linear layers.
   """
   chosen = family(config_json)
   given, search = _split(wanted(config_json, want))
@@ -301,6 +310,8 @@ def skeleton(
   ladder = kernels.check(attention)
   how = layers.Build(jnp.dtype(dtype), jnp.dtype(params_dtype), remat, unroll, neftune, ladder, prefix)
   module = chosen.build(spec, how)
+  if adapters:
+    lora.adapt(module, adapters)
   graphdef, shapes, axes = layers.split(module)
   table = _tied(_prefixed(chosen.rules(spec), under), chosen.heads[kind], made["head"]) + table
   return Skeleton(
@@ -318,6 +329,7 @@ def skeleton(
     generation=_generation(c, spec),
     search=search,
     positions=_positions(spec),
+    lora=adapters,
     module=module,
   )
 

@@ -159,14 +159,14 @@ class Attention(nnx.Module):
         setattr(self, name, layers.Norm((heads, h) if s.qk_norm_whole else (h,), s.qk_norm, **build.dtypes))
     self.spec, self.how = spec, build.attention
 
-  def queries(self, x: jax.Array, cos_sin: jax.Array | None) -> jax.Array:
+  def queries(self, x: jax.Array, cos_sin: jax.Array | None, key=None) -> jax.Array:
     """Returns the scaled queries [..., N, H] of `x` [..., D], turned by `cos_sin` (an entry of `rope.angles`)."""
-    q = self._placed(self.q(x), "q_norm", cos_sin)
+    q = self._placed(self.q(x, key), "q_norm", cos_sin)
     return q if self.spec.scale == 1 else q * jnp.asarray(self.spec.scale, q.dtype)
 
-  def keys_values(self, x: jax.Array, cos_sin: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  def keys_values(self, x: jax.Array, cos_sin: jax.Array | None, keys=(None, None)) -> tuple[jax.Array, jax.Array]:
     """Returns k and v, each [..., G, H]."""
-    return self._placed(self.k(x), "k_norm", cos_sin), self.v(x)
+    return self._placed(self.k(x, keys[0]), "k_norm", cos_sin), self.v(x, keys[1])
 
   def _placed(self, x: jax.Array, norm: str, cos_sin: jax.Array | None) -> jax.Array:
     if self.spec.qk_norm:
@@ -175,16 +175,16 @@ class Attention(nnx.Module):
 
   def __call__(self, x_BTD, context_BSD, bias, mask, cos_sin, key=None) -> jax.Array:
     """Returns [B, T, D]; keys and values come from `context_BSD`, or are it where it is a pair."""
-    axes = ("batch", "length", "heads", None)
-    pair = context_BSD if isinstance(context_BSD, tuple) else self.keys_values(context_BSD, cos_sin)
+    axes, (k1, k2, k3, k4) = ("batch", "length", "heads", None), layers.adapter_keys(key, 4)
+    pair = context_BSD if isinstance(context_BSD, tuple) else self.keys_values(context_BSD, cos_sin, (k2, k3))
     k, v = (sharding.pin(x, axes) for x in pair)
-    q = sharding.pin(self.queries(x_BTD, cos_sin), axes)
+    q = sharding.pin(self.queries(x_BTD, cos_sin, k1), axes)
     if self.spec.disentangled:
       key, drop = layers.keys(key, 2)
       table_XD, one_hot_EX = layers.dropout(bias[0], self.spec.distance_dropout, drop), bias[1]
       bias = disentangled(q, k, self.queries(table_XD, None), self.k(table_XD), one_hot_EX)
     out = kernels.attention(q, k, v, bias, mask, self.spec.dropout, key, self.spec.softcap, self.how)
-    return self.o(out)
+    return self.o(out, k4)
 
   def step(self, x_BKD, cache, layer, index, bias, prompt, masks, cos_sin) -> tuple[jax.Array, tuple]:
     """Returns [B, K, D] for one new token of every beam, and the cache with its key and value written at `index`.

@@ -177,6 +177,11 @@ def keys(key: jax.Array | None, n: int) -> tuple:
   return (None,) * n if key is None else tuple(fold(key, i) for i in range(n))
 
 
+def adapter_keys(key: jax.Array | None, n: int) -> tuple:
+  """Returns `n` keys for adapters beside what a module takes from `key` itself, or n times None."""
+  return keys(None if key is None else fold(key, 2**31), n)
+
+
 def hash_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Returns uint32 of `shape`: two rounds of a mixer over the position, keyed with the two `words` of `fold`.
 
@@ -247,17 +252,31 @@ def product(equation: str, x: jax.Array, kernel: jax.Array, **how: Any) -> jax.A
 
 
 class Einsum(nnx.Module):
-  """A weight applied by `equation`, and a bias where `bias` are its dimensions of the weight; `kernel` and `bias`."""
+  """A weight applied by `equation`, and a bias where `bias` are its dimensions of the weight; `kernel` and `bias`.
+
+  `adapter` is (scale, dropout) of `lora_a` and `lora_b`, which lora.py adds; () without.
+  """
 
   def __init__(self, equation: str, shape: tuple, axes: tuple, std: float, bias: tuple = (), *, dtype, params_dtype):
     self.kernel = param(shape, axes, params_dtype, std=std)
     if bias:
       self.bias = param([shape[d] for d in bias], [axes[d] for d in bias], params_dtype)
-    self.equation, self.dtype, self.biased = equation, dtype, bool(bias)
+    self.equation, self.dtype, self.biased, self.adapter = equation, dtype, bool(bias), ()
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = product(self.equation, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+  def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """`key` is for the dropout of an adapter."""
+    x = x.astype(self.dtype)
+    y = product(self.equation, x, self.kernel[...].astype(self.dtype))
+    y = y + self._adapted(x, key) if self.adapter else y
     return y + self.bias[...].astype(self.dtype) if self.biased else y
+
+  def _adapted(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    """(x A) B in place of x (A B): W has no gradient, and nothing of its size is made."""
+    (scale, rate), (into, out) = self.adapter, self.equation[3:].split("->...")
+    into = into.split(",")[0]
+    a, b = (w[...].astype(self.dtype) for w in (self.lora_a, self.lora_b))
+    low = product(f"...{into},{into}r->...r", dropout(x, rate, key), a)
+    return product(f"...r,r{out}->...{out}", low * jnp.asarray(scale, low.dtype), b)
 
 
 def dense(width: int, out: int, axes: tuple, std: float, bias: bool, **dtypes) -> Einsum:
@@ -330,7 +349,7 @@ class Mlp(nnx.Module):
     self.act, self.gated, self.rate = act, gated, rate
 
   def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
-    act = ACTIVATIONS[self.act]
-    h_BTF = act(self.wi_0(x_BTD)) * self.wi_1(x_BTD) if self.gated else act(self.wi(x_BTD))
+    act, (k1, k2, k3) = ACTIVATIONS[self.act], adapter_keys(key, 3)
+    h_BTF = act(self.wi_0(x_BTD, k1)) * self.wi_1(x_BTD, k2) if self.gated else act(self.wi(x_BTD, k1))
     h_BTF = sharding.pin(h_BTF, ("batch", "length", "mlp")) if h_BTF.ndim == 3 else h_BTF
-    return self.wo(dropout(h_BTF, self.rate, key))
+    return self.wo(dropout(h_BTF, self.rate, key), k3)

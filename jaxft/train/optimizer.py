@@ -202,9 +202,9 @@ def _algorithm(name: str, leaves: dict, b1: float, b2: float, eps: float) -> opt
 
   adamw (arXiv 1711.05101); lion (arXiv 2302.06675); adafactor (arXiv 1804.04235) as T5X has it: no momentum, decay
   exponent 0.8, updates clipped to an RMS of 1 and scaled by the RMS of their parameter; it reads no b1, b2, eps. muon:
-  matrices of the layers (kernels with an "embed" axis; heads joined) by Newton-Schulz with momentum b1, scaled by 0.2
-  sqrt(max(fan in, fan out)) so that AdamW's learning rates fit (arXiv 2502.16982 section 2.2); embeddings, heads of the
-  vocabulary, norms and biases by AdamW.
+  matrices of the layers (kernels with an "embed" axis, heads joined, and adapters) by Newton-Schulz with momentum b1,
+  scaled by 0.2 sqrt(max(fan in, fan out)) so that AdamW's learning rates fit (arXiv 2502.16982 section 2.2);
+  embeddings, heads of the vocabulary, norms and biases by AdamW.
   """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if name == "lion":
@@ -221,10 +221,9 @@ class _Leaf(NamedTuple):
 def _leaf(shape: tuple, axes: tuple) -> _Leaf:
   stacked = trees.is_stacked(axes)
   own = tuple(axes[1:] if stacked else axes)
-  rows = 0 if len(own) < 2 else (1 if len(own) == 2 or own[0] == "embed" else len(own) - 1)
-  return _Leaf(
-    shape[0] if stacked else 0, rows, bool(rows) and "embed" in own and not {"vocab", "positions", "labels"} & set(own)
-  )
+  rows = 0 if len(own) < 2 else (1 if len(own) == 2 or own[0] in ("embed", "rank") else len(own) - 1)
+  inner = bool({"embed", "rank"} & set(own)) and not {"vocab", "positions", "labels"} & set(own)
+  return _Leaf(shape[0] if stacked else 0, rows, bool(rows) and inner)
 
 
 def _f32(x: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Adapter folders of PEFT: what jaxft writes is what PEFT's formula, and PEFT itself where it is installed, makes of it;
-what PEFT writes is read.
+"""Adapter folders of PEFT: PEFT's formula, and PEFT itself where it is installed, make of them what was trained; what
+PEFT writes is read.
 
 Catches: a fused layer whose parts are mixed up, a rank or scale of a fused layer, transposed kernels, names that PEFT
 does not find or that match more layers than were adapted, heads that are not saved with the adapter, a reader that
@@ -58,6 +58,10 @@ def read(folder):
   return {n: np.asarray(x.view(), np.float32) for n, x in safetensors.read_header(folder / peft.WEIGHTS).items()}
 
 
+def _of(pattern, default, layer):
+  return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", layer)), default)
+
+
 @pytest.mark.parametrize("name, kind, spec", CASES, ids=IDS)
 def test_the_folder_by_the_formula_of_peft(name, kind, spec, tmp_path):
   """W + alpha / r B A with W, r and alpha as the folder says, for the layers that its patterns name and no others."""
@@ -71,8 +75,7 @@ def test_the_folder_by_the_formula_of_peft(name, kind, spec, tmp_path):
   assert layers == {m for m in modules if hit(m)}
   for layer in layers:
     a, b = (found[peft.PREFIX + layer + end] for end in peft.ENDS)
-    of = lambda pattern, default: next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", layer)), default)
-    rank, alpha = of(given["rank_pattern"], given["r"]), of(given["alpha_pattern"], given["lora_alpha"])
+    rank, alpha = (_of(given[f"{x}_pattern"], given[y], layer) for x, y in (("rank", "r"), ("alpha", "lora_alpha")))
     assert len(a) == rank
     d = alpha / (rank**0.5 if given["use_rslora"] else rank) * (b @ a)
     base[f"{layer}.weight"] = base[f"{layer}.weight"] + (d.T if given["fan_in_fan_out"] else d)

@@ -132,9 +132,9 @@ def test_scale(rslora, scale):
 
 
 def test_a_base_in_bfloat16_loses_nothing_of_what_was_learnt():
-  params = dict(q=dict(
-    kernel=jnp.full((2, 4), 1.0, jnp.bfloat16), lora_a=jnp.full((2, 1), 1e-2), lora_b=jnp.full((1, 4), 1e-2)))  # fmt: skip
-  found = lora.merged(params, 1.0)["q"]["kernel"]
+  full = jnp.full
+  layer = dict(kernel=full((2, 4), 1.0, jnp.bfloat16), lora_a=full((2, 1), 1e-2), lora_b=full((1, 4), 1e-2))
+  found = lora.merged(dict(q=layer), 1.0)["q"]["kernel"]
   assert found.dtype == jnp.float32
   np.testing.assert_allclose(found, 1.0001, rtol=1e-7)
 

@@ -17,6 +17,10 @@ SAVED = dict(
 )  # of the activations of a layer stay, about; what is compiled decides
 
 
+STATE = dict(adamw=1.0, muon=0.6, lion=0.5, adamw_8bit=0.27, adafactor=0.02)  # of an optimizer beside AdamW's, about
+ADAPTERS = dict(rank=16, share=0.02)  # what is proposed, and what of the parameters that is, about
+
+
 @dataclasses.dataclass(frozen=True)
 class Change:
   """Flags that change a config."""
@@ -44,7 +48,8 @@ def changes(c: ConfigDict, ways: int) -> Iterator[Change]:
   """Yields the changes in the order of what they cost; `ways`: parts that the rows of a batch are split into.
 
   First those that leave every number as it is: shards of the parameters on all devices, more micro-batches, more
-  computed again. Then those that do not.
+  computed again. Then those that do not, with as many micro-batches as there are and with as many as can be (which
+  hold a second gradient).
   """
   whole = c.mesh.get("data", 1) not in (1,) and "fsdp" in c.mesh
   shard = (("mesh.data", 1), ("mesh.fsdp", -1)) if whole else ()
@@ -65,15 +70,32 @@ def changes(c: ConfigDict, ways: int) -> Iterator[Change]:
         cost += [f"{micro} passes, of fewer rows each"] if micro != c.micro else []
         if flags:
           yield Change(tuple(flags), "; ".join(cost), True)
-  most = tuple(shard) + (("micro", micros[-1]), ("model.remat", "block"))
-  if c.optimizer.name in ("adamw", "lion", "muon"):
-    yield Change((*most, ("optimizer.name", "adafactor")), "another optimizer, which needs its own lr", False)
-  if c.model.params_dtype == "float32":
-    yield Change((*most, ("model.params_dtype", "bfloat16")), "weights in bfloat16 lose small updates", False)
+  block = (("model.remat", "block"),) if c.model.remat in ("none", "dots", "attention") else ()
+  passes = lambda n: (("micro", n),) if n != c.micro else ()
+  tails = dict.fromkeys((*shard, *passes(n), *block) for n in (c.micro, micros[-1]))
+  yield from (Change((*tail, *flags), cost, False) for flags, cost in _others(c) for tail in tails)
   smaller = c.batch // 2
   while smaller >= ways and smaller % ways == 0:
-    yield Change((("batch", smaller), *most[:-2], ("micro", smaller // ways), most[-1]), "a smaller batch", False)
+    yield Change((("batch", smaller), *shard, *passes(smaller // ways), *block), "a smaller batch", False)
     smaller //= 2
+
+
+def _others(c: ConfigDict) -> Iterator[tuple[tuple, str]]:
+  """Yields (flags, cost) of what makes another model of the same run: the nearest to it first."""
+  half = (("model.params_dtype", "bfloat16"),) if c.model.params_dtype == "float32" else ()
+  bytes_ = (("optimizer.name", "adamw_8bit"),) if c.optimizer.name == "adamw" else ()
+  rounded = "weights in bfloat16, rounded stochastically"
+  if bytes_:
+    yield bytes_, "the moments of AdamW in a byte each"
+  if half:
+    yield half, rounded
+  if half and bytes_:
+    yield (*half, *bytes_), f"{rounded}, and the moments of AdamW in a byte each"
+  if c.optimizer.name != "adafactor":
+    yield (("optimizer.name", "adafactor"),), "another optimizer, which needs its own lr"
+  if not c.lora.rank:
+    frozen = (("model.frozen_dtype", "bfloat16"),) if not c.model.frozen_dtype and half else ()
+    yield (("lora.rank", ADAPTERS["rank"]), *frozen), "adapters learn in place of the weights, at a larger lr"
 
 
 def predicted(first: estimate.Estimate, c: ConfigDict, change: Change, ways: int) -> float:
@@ -83,11 +105,12 @@ def predicted(first: estimate.Estimate, c: ConfigDict, change: Change, ways: int
   held = m["parameters"] + m["frozen"] + m["optimizer"]
   if any(path == "mesh.data" for path, _ in change.flags):
     held *= shards / first.devices
-  if new.optimizer.name != c.optimizer.name:
-    held -= m["optimizer"] * 0.98
-  if new.model.params_dtype != c.model.params_dtype:
-    held -= m["parameters"] / 2
-  gradients = m["gradients"] / (2 if c.micro > 1 else 1) * (2 if new.micro > 1 else 1)
+  share = held / max(m["parameters"] + m["frozen"] + m["optimizer"], 1)  # what more shards leave of it
+  moved = ADAPTERS["share"] if new.lora.rank and not c.lora.rank else 1.0
+  held -= share * m["optimizer"] * (1 - moved * STATE[new.optimizer.name] / STATE[c.optimizer.name])
+  if (new.model.params_dtype, new.model.frozen_dtype) != (c.model.params_dtype, c.model.frozen_dtype):
+    held -= share * m["parameters"] / 2
+  gradients = moved * m["gradients"] / (2 if c.micro > 1 else 1) * (2 if new.micro > 1 else 1)
   rows = (new.batch / new.micro) / (c.batch / c.micro)
   kept = SAVED[new.model.remat] / SAVED[c.model.remat]
   return held + gradients + (m["logits"] + m["activations"] * kept) * rows + m["batch"]

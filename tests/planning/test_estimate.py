@@ -117,10 +117,12 @@ SAVED = dict(none=1.0, dots=0.5, attention=0.3, block=0.2, offload=0.1)
 
 def figures(c, *, state, activations, limit):
   """What a step needs, as a device with `limit` bytes would: exact where the predictions of the ladder are rough."""
-  rows = c.batch / c.micro / 8
+  rows, trained = c.batch / c.micro / 8, 0.01 if c.lora.rank else 1.0
+  small = "bfloat16" in (c.model.params_dtype, c.model.frozen_dtype)
+  moments = dict(adamw=1.0, adamw_8bit=0.25, adafactor=0.0)[c.optimizer.name]
   m = dict.fromkeys(estimate.KINDS, 0.0) | dict(
-    parameters=state / 3, optimizer=state * 2 / 3 * (c.optimizer.name == "adamw"),
-    gradients=state / 3 * (2 if c.micro > 1 else 1),
+    parameters=state / (6 if small else 3), optimizer=state * 2 / 3 * moments * trained,
+    gradients=state / 3 * trained * (2 if c.micro > 1 else 1),
     activations=activations * rows * SAVED[c.model.remat])  # fmt: skip
   return estimate.Estimate(
     target="t", devices=8, mesh=dict(data=1, fsdp=8, tensor=1), compiled=True, memory=m, limit=limit, state=8 * state,
@@ -136,8 +138,10 @@ def figures(c, *, state, activations, limit):
     (3.0, 9.0, 8.0, {"micro": 4, "model.remat": "attention"}),
     (3.0, 12.0, 8.0, {"micro": 4, "model.remat": "block"}),
     (3.0, 20.0, 8.0, {"micro": 4, "model.remat": "offload"}),
-    (6.0, 1.0, 7.0, {"micro": 4, "model.remat": "block", "optimizer.name": "adafactor"}),
-    (30.0, 1.0, 7.0, None),
+    (6.0, 1.0, 7.0, {"model.remat": "block", "optimizer.name": "adamw_8bit"}),
+    (9.0, 1.0, 7.2, {"model.remat": "block", "model.params_dtype": "bfloat16", "optimizer.name": "adamw_8bit"}),
+    (30.0, 1.0, 7.0, {"model.remat": "block", "lora.rank": 16, "model.frozen_dtype": "bfloat16"}),
+    (60.0, 1.0, 7.0, None),
   ],
 )
 def test_the_cheapest_change_that_fits(state, activations, limit, flags):
@@ -156,11 +160,27 @@ def test_the_cheapest_change_that_fits(state, activations, limit, flags):
     return
   change, after = found
   assert dict(change.flags) == flags and after.fits
-  assert change.same == ("optimizer.name" not in flags)
+  assert change.same == (not {"optimizer.name", "lora.rank"} & set(flags))
   got = compiled[-1]
-  assert got.micro == flags["micro"] and got.model.remat == flags.get("model.remat", "none")
+  assert got.micro == flags.get("micro", 1) and got.model.remat == flags.get("model.remat", "none")
   assert c.micro == 1 and c.model.remat == "none", "the config itself stays as it is"
   assert " ".join(f"--config.{k}={v}" for k, v in flags.items()) == change.text()
+
+
+def test_what_is_no_longer_the_same_run_is_tried_in_this_order():
+  c = tiny(batch=32)
+  found = [dict(x.flags) for x in ladder.changes(c, 8) if not x.same]
+  names = [tuple(k for k in x if k not in ("micro", "model.remat")) for x in found]
+  both = ("model.params_dtype", "optimizer.name")
+  frozen = ("lora.rank", "model.frozen_dtype")
+  order = [("optimizer.name",), both[:1], both, ("optimizer.name",), frozen, ("batch",)]
+  assert [n for n, before in zip(names, [None, *names]) if n != before] == order
+  assert [x["optimizer.name"] for x in found if "optimizer.name" in x][::2] == ["adamw_8bit", "adamw_8bit", "adafactor"]
+  for change in (dict(lora=dict(c.lora, rank=4)), dict(optimizer=dict(c.optimizer, name="adafactor"))):
+    other = tiny(batch=32)
+    other.update(change)
+    key = "lora.rank" if "lora" in change else "optimizer.name"
+    assert not any(key in dict(x.flags) for x in ladder.changes(other, 8))
 
 
 def test_no_more_trials_than_asked_for(caplog):

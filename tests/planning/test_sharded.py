@@ -18,6 +18,8 @@ T = 88  # tokens of a row: a number that no dimension of the models has, so that
 
 
 def compiled(name, axes, **change):
+  name, *adapters = name.split(" with ")
+  change |= dict(lora=dict(rank=6)) if adapters else {}
   c = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]("tiny")
   c.mesh, c.batch, c.data.lengths = dict(axes), 16, dict.fromkeys(c.data.lengths, T)
   c.update(change)
@@ -26,7 +28,7 @@ def compiled(name, axes, **change):
 
 
 @pytest.mark.parametrize("axes", [dict(data=1, fsdp=8, tensor=1), dict(data=2, fsdp=2, tensor=2)], ids=["fsdp", "all"])
-@pytest.mark.parametrize("name", ["t5_span", "bert_mrpc", "gpt2_lm", "llama_sft"])
+@pytest.mark.parametrize("name", ["t5_span", "bert_mrpc", "gpt2_lm", "llama_sft", "llama_sft with adapters"])
 def test_activations_stay_where_they_are(name, axes, capfd):
   built, program = compiled(name, axes)
   said = capfd.readouterr().err
@@ -52,3 +54,14 @@ def test_large_parameters_are_split(name):
   moments = [x for x in jax.tree.leaves(built.state.opt) if math.prod(x.shape) >= 64 * 64]
   assert len(moments) == 2 * len(large)
   assert all(math.prod(x.sharding.shard_shape(x.shape)) * 8 == math.prod(x.shape) for x in moments)
+
+
+def test_a_frozen_kernel_has_no_gradient():
+  """Under adapters nothing of a kernel's size is summed over the devices, which a gradient of it would be."""
+  moved = {}
+  for name in ("llama_sft", "llama_sft with adapters"):
+    _, program = compiled(name, dict(data=8, fsdp=1, tensor=1))
+    found = hlo.read(program.as_text(), devices=8).collectives
+    summed = [m for m in found if m.kind in ("all-reduce", "reduce-scatter")]
+    moved[name] = max(math.prod(dims) for m in summed for _, dims, _ in hlo.arrays(m.shape))
+  assert moved["llama_sft"] >= 2 * 64 * 64 and moved["llama_sft with adapters"] <= 2 * 128 * 6, moved

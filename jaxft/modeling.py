@@ -21,6 +21,7 @@ from jaxft.train import step
 log = logging.getLogger("jaxft")
 
 FOLDER = "model"  # in a run folder: config and tokenizer
+PRECISION = jax.config.jax_default_matmul_precision  # before a float32 model has raised it for the process
 ASSETS = pathlib.Path(jaxft.__file__).parent / "assets"
 
 HEADS = dict(  # kind of task -> (kind of head, of registry.KINDS; what the model must be)
@@ -151,9 +152,8 @@ def make(c: Reader, s: Source, want: registry.Wanted | None, devices: Sequence[j
   mesh, rules = sharding.make_mesh(c.mesh, devices), dict(c.rules)
   platform = mesh.devices.flat[0].platform
   dtype = activations(c.model.dtype, platform)
-  if dtype == jnp.float32:
-    # float32 asked for is float32 meant: GPUs and TPUs would multiply in TF32 and bfloat16, a relative error of 1e-3
-    jax.config.update("jax_default_matmul_precision", "highest")
+  # float32 asked for is float32 meant: GPUs and TPUs would multiply in TF32 and bfloat16, a relative error of 1e-3
+  jax.config.update("jax_default_matmul_precision", "highest" if dtype == jnp.float32 else PRECISION)
   how = dict(
     dtype=dtype,
     params_dtype=floating("model.params_dtype", c.model.params_dtype),

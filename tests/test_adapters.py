@@ -169,3 +169,12 @@ def test_names_that_people_type(folder):
   c = given(folder, r=4)
   with pytest.raises(InputError, match="lora.rank"):
     config.check(c)
+
+
+def test_a_float32_model_does_not_raise_the_precision_of_those_after_it(folder):
+  c = given(folder)
+  make(c)
+  assert jax.config.jax_default_matmul_precision == "highest"
+  c.model.dtype = "bfloat16"
+  make(c)
+  assert jax.config.jax_default_matmul_precision == modeling.PRECISION != "highest"

@@ -33,7 +33,11 @@ class Form:
 
 
 def _dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
-  return lax.dot_general(a, b, (((over_a,), (over_b,)), ((), ())), preferred_element_type=jnp.float32)
+  # said here and not left to jax_default_matmul_precision, which float32 models raise: Mosaic has no exact product of
+  # bfloat16 ("Bad lhs type")
+  exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+  how = dict(precision=exact, preferred_element_type=jnp.float32)
+  return lax.dot_general(a, b, (((over_a,), (over_b,)), ((), ())), **how)
 
 
 def _scores(form: Form, numbers, q, k, bias, query, key, prefix, row, head, i, j) -> tuple:

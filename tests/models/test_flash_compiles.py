@@ -23,8 +23,8 @@ RULES = dict(batch=("data", "fsdp"), heads="tensor")
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v5e:2x2", "h100x4"])
 @pytest.mark.parametrize("given", [
   dict(bias=True), dict(causal=True, kv=4, head=128), dict(causal=True, prefix=True, window=200),
-  dict(softcap=30.0, head=80),
-], ids=["bias", "shared-keys", "prefix", "cap"])  # fmt: skip
+  dict(softcap=30.0, head=80), dict(causal=True, process="highest"),
+], ids=["bias", "shared-keys", "prefix", "cap", "beside a float32 model"])  # fmt: skip
 def test_flash_compiles_with_its_gradient(target, given):
   """Our own kernel, by Mosaic and by Triton, for lengths that are no multiple of a tile."""
   plugin, what = ("jax_plugins", "a GPU") if target.startswith("h") else ("libtpu", "a TPU")
@@ -47,7 +47,8 @@ def test_flash_compiles_with_its_gradient(target, given):
   tokens = shape(16, t, dtype=jnp.int32)
   args += [tokens, tokens if given.get("prefix") else None, jax.ShapeDtypeStruct((2,), jnp.uint32)]
   wanted = (0, 1, 2, 3) if given.get("bias") else (0, 1, 2)
-  compiled = jax.jit(jax.grad(loss, wanted)).lower(*args).compile()
+  with jax.default_matmul_precision(given.get("process", "default")):
+    compiled = jax.jit(jax.grad(loss, wanted)).lower(*args).compile()
   text = compiled.as_text()
   assert all(f"flash_{name}" in text for name in ("forward", "of_queries", "of_keys"))
   assert compiled.memory_analysis().temp_size_in_bytes < 8 * n / 2 * t * t * 4, "as much as the scores"

@@ -17,7 +17,7 @@ import time
 MARK = "REPORT "  # begins the lines of a worker that the parent reads
 PAUSE = 0.5  # seconds before a round, in which the last one's threads stop spinning
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "accelerate", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "accelerate", "peft", "numpy")
 
 
 class Referee:

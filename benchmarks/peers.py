@@ -7,9 +7,10 @@ and the vocabularies tok_t5 (sentencepiece.model), tok_bert (google_uncased_en_v
 vocab.bpe). Every side trains the same architecture from fresh weights in float32 with AdamW, clipping at 1.0 and the
 dropout of the architecture, on about the same examples a step. Trainer pads to the longest of a batch, as its
 documentation has it, or (`grouped`) draws batches of similar length, or (`compiled`) has torch_compile=True besides;
-GPT-2 and Llama take blocks of 256 tokens on all sides, as run_clm.py makes them. jaxft packs, with the large pages that
-its binaries ask for. A token counts if it is real. --tunix and --flax name interpreters that have the JAX peers.
-Results go to benchmarks/results/peers_cpu.json; benchmarks/performance.py makes the page of them.
+GPT-2 and Llama take blocks of 256 tokens on all sides, as run_clm.py makes them; cases with -lora train adapters on
+all linear layers, with PEFT on Trainer's side. jaxft packs, with the large pages that its binaries ask for. A token
+counts if it is real. --tunix and --flax name interpreters that have the JAX peers. Results go to
+benchmarks/results/peers_cpu.json, or --output; benchmarks/performance.py makes the page of all of them.
 """
 
 import argparse
@@ -48,6 +49,7 @@ class Case:
   examples: int
   length: int
   model: dict
+  lora: int = 0  # rank of adapters on all linear layers, with PEFT on the other side; 0: the whole model is trained
 
 
 def t5(width: int, mlp: int, layers: int, heads: int, **more) -> dict:
@@ -76,13 +78,14 @@ CASES = {
          max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=50256, eos_token_id=50256)),
   "t5-10m": Case("seq2seq", "t5", 64, 128, t5(192, 512, 3, 3, feed_forward_proj="gated-gelu")),
 }  # fmt: skip
+CASES |= {f"{name}-lora": dataclasses.replace(CASES[name], lora=16) for name in ("gpt2", "llama-50m")}
 
 
 def contestants(case: Case, args: argparse.Namespace) -> list[str]:
   """Returns who takes part: blocks of one length need no grouping, and the JAX peers have models of one kind."""
   wanted = {n: True for n in args.contestants}
   wanted["trainer-grouped"] = "trainer-grouped" in wanted and case.kind != "causal"
-  wanted["tunix"] = bool(args.tunix) and case.model["model_type"] == "llama"
+  wanted["tunix"] = bool(args.tunix) and case.model["model_type"] == "llama" and not case.lora
   wanted["flax-t5"] = bool(args.flax) and case.model["model_type"] == "t5"
   return [n for n in CONTESTANTS if wanted.get(n)]
 
@@ -151,7 +154,7 @@ def train_ours(args: argparse.Namespace, case: Case) -> None:
   c.data.lengths = dict(inputs=case.length, targets=case.length)
   if case.kind != "seq2seq":
     c.data.lengths = dict(inputs=case.length)
-  c.steps, c.batch = MANY, case.examples
+  c.steps, c.batch, c.lora.rank = MANY, case.examples, case.lora
   c.optimizer.update(lr=LR, schedule="constant", decay=DECAY, clip=CLIP)
   r = config.Reader(config.check(c))
   source = modeling.source(r)
@@ -173,7 +176,8 @@ def train_ours(args: argparse.Namespace, case: Case) -> None:
       )
       yield i, rows
 
-  referee = contest.Referee(args.warmup, parameters=sum(x.size for x in jax.tree.leaves(state.params)))
+  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  referee = contest.Referee(args.warmup, parameters=count((state.params, state.frozen)), trained=count(state.params))
   with prefetch.Prefetch(stream(), setup.put(m, batches.batch)) as ready:
     go, i = True, 0
     while go:
@@ -218,7 +222,14 @@ def train_theirs(args: argparse.Namespace, case: Case) -> None:
 
   transformers.set_seed(0)
   model, rows, collator = their_data(case, args)
-  referee = contest.Referee(args.warmup, parameters=sum(p.numel() for p in model.parameters()))
+  if case.lora:
+    import peft
+
+    linear = ["c_attn", "c_proj", "c_fc"] if case.model["model_type"] == "gpt2" else "all-linear"
+    how = dict(r=case.lora, lora_alpha=16, target_modules=linear, fan_in_fan_out=linear != "all-linear")
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **how))
+  trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+  referee = contest.Referee(args.warmup, parameters=sum(p.numel() for p in model.parameters()), trained=trained)
   seq2seq = case.kind == "seq2seq"
   of = transformers.Seq2SeqTrainer if seq2seq else transformers.Trainer
 

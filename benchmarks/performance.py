@@ -47,32 +47,44 @@ def ratio(r: dict) -> str:
 
 def peers() -> str:
   """Returns the tables of training beside other trainers, and draws the picture."""
-  found = read("peers_cpu.json")
-  if not found:
-    return ""
-  cases, out, lost, others = found["cases"], [], [], set()
-  for name, case in cases.items():
-    ratios = case["summary"][OURS].get("ratio", {})
-    rows = []
-    for side, s in case["summary"].items():
-      rows.append((
-        NAMES[side], f"{s['tokens_per_second']:,.0f}", f"{s['examples_per_second']:.1f}",
-        f"{s['seconds_per_step']:.2f}", f"{s['real_share_of_places']:.0%}", f"{s['peak_mib']:,}",
-        f"{s['warm_seconds']:.0f}", ratio(ratios[side]) if side in ratios else ""))  # fmt: skip
-      own = case["rounds"][side][0].get("versions")
-      others |= {f"{NAMES[side]} with {', '.join(f'{k} {v}' for k, v in own.items())}"} if own else set()
-      if side in ratios and ratios[side]["median"] < 1:
-        lost.append(f"{NAMES[side]} on {name} (jaxft does {ratio(ratios[side])} of its tokens)")
-    size = case["summary"][OURS]["parameters"] / 1e6
-    out += [f"**{name}**, {case['kind']}, {size:,.1f} M parameters, {case['examples']} examples a step:", ""]
-    header = ("", "tokens/s", "examples/s", "s/step", "real", "peak MiB", "warm-up s", "jaxft / it")
-    out += [table(header, rows), ""]
+  found = [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob("peers_*.json"))]
+  cases, out, lost, others = {}, [], [], set()
+  for file, of in found:
+    for name, case in of["cases"].items():
+      cases[name] = case
+      lines, slower, versions = beside(name, case)
+      out += lines
+      lost += slower
+      others |= versions
+    dates, commands = ([c[k] for c in of["cases"].values()] for k in ("date", "command"))
+    out += [said(of, dates, commands, file.name), ""]
   out += [f"**Faster than jaxft here:** {'; '.join(lost)}." if lost else "No side is faster than jaxft here.", ""]
   out += ["real: share of the places that hold real tokens; warm-up: seconds of the steps before the first round,",
-          "with all that is compiled for them.", *(f"{x}." for x in sorted(others)), ""]  # fmt: skip
-  out.append(said(found, (c["date"] for c in cases.values()), (c["command"] for c in cases.values()), "peers_cpu.json"))
-  picture(cases, DOCS / "pictures" / "performance.png")
+          "with all that is compiled for them.", *(f"{x}." for x in sorted(others))]  # fmt: skip
+  if cases:
+    picture(cases, DOCS / "pictures" / "performance.png")
   return "\n".join(out)
+
+
+def beside(name: str, case: dict) -> tuple[list[str], list[str], set[str]]:
+  """Returns (lines with the table of a case, who is faster than jaxft in it, versions of peers of another Python)."""
+  ratios, rows, lost, others = case["summary"][OURS].get("ratio", {}), [], [], set()
+  adapters = case.get("lora", 0)
+  called = {n: x.replace("Trainer", "Trainer, PEFT") if adapters else x for n, x in NAMES.items()}
+  for side, s in case["summary"].items():
+    rows.append((
+      called[side], f"{s['tokens_per_second']:,.0f}", f"{s['examples_per_second']:.1f}",
+      f"{s['seconds_per_step']:.2f}", f"{s['real_share_of_places']:.0%}", f"{s['peak_mib']:,}",
+      f"{s['warm_seconds']:.0f}", ratio(ratios[side]) if side in ratios else ""))  # fmt: skip
+    own = case["rounds"][side][0].get("versions")
+    others |= {f"{NAMES[side]} with {', '.join(f'{k} {v}' for k, v in own.items())}"} if own else set()
+    if side in ratios and ratios[side]["median"] < 1:
+      lost.append(f"{called[side]} on {name} (jaxft does {ratio(ratios[side])} of its tokens)")
+  size = case["summary"][OURS]["parameters"] / 1e6
+  rank = f", adapters of rank {adapters} on all linear layers" if adapters else ""
+  head = f"**{name}**, {case['kind']}, {size:,.1f} M parameters{rank}, {case['examples']} examples a step:"
+  header = ("", "tokens/s", "examples/s", "s/step", "real", "peak MiB", "warm-up s", "jaxft / it")
+  return [head, "", table(header, rows), ""], lost, others
 
 
 def picture(cases: dict, file: pathlib.Path) -> None:

@@ -373,17 +373,22 @@ def export_options(c: Reader, tokenizer: tokens.Tokenizer | None = None) -> dict
   return dict(dtype=dtype, shard_gb=c.export.shard_gb, chat=kinds.chat_text(c, tokenizer) if tokenizer else "")
 
 
+def _dtypes(tree: Any) -> str:
+  return " and ".join(sorted({np.dtype(x.dtype).name for x in jax.tree.leaves(tree)}))
+
+
 def summary(m: modeling.Model, t: Trainer) -> str:
   """Returns what will run, in a few lines."""
   s, o = m.skeleton, t.abstract
   trained, all_ = trees.count(o.params), trees.count(s.shapes)
   devices = jax.devices()
+  still = f", frozen ones {_dtypes(o.frozen)}" if o.frozen else ""
   lines = [
     f"model     {s.json['model_type']} with {all_ / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M of them trained, "
     f"from {m.folder or 'fresh weights'}",
     f"devices   {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es); mesh "
     + " ".join(f"{k}={v}" for k, v in m.mesh.shape.items()),
-    f"numbers   activations {s.dtype.name}, weights {np.dtype(jax.tree.leaves(s.shapes)[0].dtype).name}; state "
+    f"numbers   activations {s.dtype.name}, weights {_dtypes(o.params)}{still}; state "
     f"{trees.nbytes(o) / 2**20:,.0f} MiB over all devices",
     f"steps     {t.steps:,}",
   ]

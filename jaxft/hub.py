@@ -32,7 +32,7 @@ Tree = Any
 log = logging.getLogger("jaxft")
 
 WANTED = (  # what `resolve` downloads, in folders below too
-  *("*.json", "model*.safetensors", "*.model", "*.spm", "*.jinja"),
+  *("*.json", "model*.safetensors", "adapter_model.safetensors", "*.model", "*.spm", "*.jinja"),
   *("merges.txt", "vocab.txt", "dict.txt", "bpe.codes"),
 )
 TOKENIZER = (  # what `save` takes over

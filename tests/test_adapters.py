@@ -18,6 +18,7 @@ from jaxft.config import Reader
 from jaxft.errors import InputError
 from jaxft.infer import options
 from jaxft.infer.generate import Generator
+from jaxft.planning import build
 from tests import road_config
 
 WORDS = "the old harbour sleeps under seven small stars while winter rain keeps falling on red roofs".split()
@@ -157,6 +158,7 @@ def test_what_is_trained_beside_adapters(folder, rules, trained):
 def test_training_goes_on_from_an_adapter_folder(folder, finished):
   c = given(folder, rank=0)
   c.model.init = str(finished / "export" / "adapter")
+  assert build.model_source(Reader(config.check(c)))[0].json["d_model"] == 128, "a plan asks for the base's shapes"
   m = make(c)
   found = trees.flatten(modeling.load(m, 0))
   want = trees.flatten(modeling.whole(*weights(finished))[1])

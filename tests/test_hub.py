@@ -4,6 +4,7 @@ Caught: a header that lies about sizes, overlaps or holes; a path in an index; a
 ends the list of mismatches; a file that stays behind; the whole tensor read where a slice is wanted.
 """
 
+import fnmatch
 import json
 import os
 import pathlib
@@ -313,6 +314,13 @@ def test_pickles_of_a_repository_are_refused_with_the_way_out(repository):
   write(folder, theirs(params()))
   del asked[:]
   assert "norm.weight" in hub.tensor_names(folder) and not asked
+
+
+def test_what_is_downloaded():
+  want = ("config.json", "model-00001-of-00002.safetensors", "adapter_model.safetensors", "adapter_config.json")
+  wanted = lambda name: any(fnmatch.fnmatch(name, p) for p in hub.WANTED)
+  assert all(map(wanted, want))
+  assert not any(map(wanted, ("pytorch_model.bin", "adapter_model.bin", "tf_model.h5", "optimizer.pt")))
 
 
 def test_revisions(repository):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import flops, modeling, setup, sharding, trees
+from jaxft import flops, modeling, peft, setup, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import objectives
 from jaxft.errors import InputError, did_you_mean
@@ -77,6 +77,8 @@ def _config_json(init: str) -> tuple[dict, tuple[str, ...]]:
   local = init.startswith("builtin:") or pathlib.Path(init).expanduser().is_dir()
   if local:
     folder = modeling.locate(init)
+    if under := peft.base_of(folder):
+      return _config_json(under)
     has = any(folder.glob("model*.safetensors*"))
     return (registry.read_config(folder) if has else json.loads((folder / "config.json").read_text())), ()
   name, _, revision = init.partition("@")

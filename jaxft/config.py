@@ -151,7 +151,7 @@ def _model() -> ConfigDict:
   c.languages = ()  # read and written, such as ("en_XX", "ro_RO"), of mBART; empty: as the tokenizer's files say
   c.tokenizer = ""  # folder or Hub id; empty: the one beside the weights
   c.dtype = "auto"  # of activations: bfloat16, float32; auto: bfloat16 on TPU and GPU, float32 on CPU
-  c.params_dtype = "float32"  # of the master weights
+  c.params_dtype = "float32"  # of the master weights; those in bfloat16 are rounded stochastically
   c.frozen_dtype = ""  # of weights that are not trained, such as bfloat16 under adapters; empty: as params_dtype
   # rates, unset: as in the model's config.json. dropout: all that are not 0 there
   c.dropout = config_dict.placeholder(float)
@@ -189,7 +189,7 @@ def _data() -> ConfigDict:
 
 def _optimizer() -> ConfigDict:
   c = ConfigDict()
-  c.name = "adamw"  # adamw, adafactor, lion, muon
+  c.name = "adamw"  # adamw, adamw_8bit (moments of a byte each), adafactor, lion, muon
   c.lr = 1e-3
   c.schedule = "linear"  # cosine, linear, constant, rsqrt, wsd
   c.warmup = 0.0  # steps, or below 1 a share of all steps

@@ -30,8 +30,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import hub, kinds, modeling, observe, peft, runs, setup
+from jaxft import hub, kinds, modeling, observe, runs, setup
 from jaxft.errors import InputError, NumbersError
+from jaxft.families import peft
 
 ADAPTER = "adapter"  # in an exported folder
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 import jaxft
-from jaxft import hub, peft, sharding, trees
+from jaxft import hub, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import tokens
 from jaxft.errors import InputError, did_you_mean
-from jaxft.families import registry
+from jaxft.families import peft, registry
 from jaxft.models import lora
 from jaxft.train import step
 

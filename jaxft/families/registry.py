@@ -303,12 +303,8 @@ def skeleton(
   for key, rate in (("dropout", dropout), ("attention_dropout", attention_dropout), ("head_dropout", head_dropout)):
     if rate is not None:
       spec = with_rate(spec, key, float(rate))
-  if remat not in layers.REMAT:
-    raise InputError(
-      f"model.remat is {remat!r}{did_you_mean(remat, layers.REMAT)}; it is one of {', '.join(layers.REMAT)}."
-    )
-  ladder = kernels.check(attention)
-  how = layers.Build(jnp.dtype(dtype), jnp.dtype(params_dtype), remat, unroll, neftune, ladder, prefix)
+  dtypes, ladder = (jnp.dtype(dtype), jnp.dtype(params_dtype)), kernels.check(attention)
+  how = layers.Build(*dtypes, _known_remat(remat), unroll, neftune, ladder, prefix)
   module = chosen.build(spec, how)
   if adapters:
     lora.adapt(module, adapters)
@@ -332,6 +328,14 @@ def skeleton(
     lora=adapters,
     module=module,
   )
+
+
+def _known_remat(name: str) -> str:
+  if name not in layers.REMAT:
+    raise InputError(
+      f"model.remat is {name!r}{did_you_mean(name, layers.REMAT)}; it is one of {', '.join(layers.REMAT)}."
+    )
+  return name
 
 
 def _positions(spec: Any) -> int:

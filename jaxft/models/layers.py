@@ -193,6 +193,15 @@ def hash_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return hash_at(place, words[0], words[1])
 
 
+def rounded(x: jax.Array, words: jax.Array) -> jax.Array:
+  """Returns float32 `x` in bfloat16: one of the two values beside it, the nearer the likelier, so that it is right in
+  the mean (Gupta et al. 2015, section 3). What bfloat16 has stays what it is, as do infinities and NaN.
+  """
+  bits = lax.bitcast_convert_type(x, jnp.uint32) + (hash_bits(words, x.shape) >> 16)
+  cut = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+  return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)
+
+
 def hash_at(place: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
   """Returns what `hash_bits` with the words a and b has at each `place` of a flat array, uint32."""
   return _mix(_mix(place ^ a) + b)

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import flops, modeling, peft, setup, sharding, trees
+from jaxft import flops, modeling, setup, sharding, trees
 from jaxft.config import Reader
 from jaxft.data import objectives
 from jaxft.errors import InputError, did_you_mean
-from jaxft.families import registry
+from jaxft.families import peft, registry
 from jaxft.infer import engine, options
 from jaxft.infer.generate import Generator
 from jaxft.planning import shapes

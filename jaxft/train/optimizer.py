@@ -16,11 +16,12 @@ import optax
 
 from jaxft import trees
 from jaxft.errors import InputError, did_you_mean
+from jaxft.train import eightbit
 
 Tree = Any
 Schedule = Callable[[jax.Array | int], jax.Array]
 
-NAMES = ("adamw", "adafactor", "lion", "muon")
+NAMES = ("adamw", "adamw_8bit", "adafactor", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "rsqrt", "wsd")
 
 
@@ -200,7 +201,8 @@ def _toward_init(share: float) -> optax.GradientTransformationExtraArgs:
 def _algorithm(name: str, leaves: dict, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
   """Returns what turns gradients into updates.
 
-  adamw (arXiv 1711.05101); lion (arXiv 2302.06675); adafactor (arXiv 1804.04235) as T5X has it: no momentum, decay
+  adamw (arXiv 1711.05101); adamw_8bit: with moments of a byte in matrices and tables of at least eightbit.FEWEST
+  entries; lion (arXiv 2302.06675); adafactor (arXiv 1804.04235) as T5X has it: no momentum, decay
   exponent 0.8, updates clipped to an RMS of 1 and scaled by the RMS of their parameter; it reads no b1, b2, eps. muon:
   matrices of the layers (kernels with an "embed" axis, heads joined, and adapters) by Newton-Schulz with momentum b1,
   scaled by 0.2 sqrt(max(fan in, fan out)) so that AdamW's learning rates fit (arXiv 2502.16982 section 2.2);
@@ -209,6 +211,11 @@ def _algorithm(name: str, leaves: dict, b1: float, b2: float, eps: float) -> opt
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if name == "lion":
     return optax.scale_by_lion(b1=b1, b2=b2)
+  if name == "adamw_8bit":
+    small = lambda leaf: not leaf.rows or leaf.size < eightbit.FEWEST
+    group = {path: "float32" if small(leaf) else "bytes" for path, leaf in leaves.items()}
+    members = dict(float32=adam, bytes=eightbit.scale_by_adam(b1, b2, eps))
+    return _grouped({g: tx for g, tx in members.items() if g in group.values()}, group)
   return dict(adamw=lambda: adam, adafactor=lambda: _adafactor(leaves), muon=lambda: _muon(leaves, b1, adam))[name]()
 
 
@@ -216,6 +223,7 @@ class _Leaf(NamedTuple):
   depth: int  # stacked layers; 0: not stacked
   rows: int  # axes of the input side of a matrix, after the stacked one; 0: not a matrix
   matrix: bool  # a matrix of a layer: what Muon orthogonalises
+  size: int  # entries of one layer
 
 
 def _leaf(shape: tuple, axes: tuple) -> _Leaf:
@@ -223,7 +231,7 @@ def _leaf(shape: tuple, axes: tuple) -> _Leaf:
   own = tuple(axes[1:] if stacked else axes)
   rows = 0 if len(own) < 2 else (1 if len(own) == 2 or own[0] in ("embed", "rank") else len(own) - 1)
   inner = bool({"embed", "rank"} & set(own)) and not {"vocab", "positions", "labels"} & set(own)
-  return _Leaf(shape[0] if stacked else 0, rows, bool(rows) and inner)
+  return _Leaf(shape[0] if stacked else 0, rows, bool(rows) and inner, math.prod(shape[stacked:]))
 
 
 def _f32(x: Any) -> Any:

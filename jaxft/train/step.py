@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxft import sharding, trees
+from jaxft.models import layers
 
 log = logging.getLogger("jaxft")
 Tree = Any
@@ -28,6 +29,7 @@ Loss = Callable[
 ]  # (params, batch, key)
 
 KEY = "threefry2x32"  # counter-based and partitionable: the same bits on any number of devices
+ROUNDING = 0x726E6473  # folded into the run's key for the rounding of weights, where dropout has steps
 RENAMED = dict(correct="accuracy")  # a sum that has another name once it is divided by the weight
 
 
@@ -70,7 +72,7 @@ def make_train_step(
     good = jnp.isfinite(norm) & jnp.isfinite(totals["loss"])
 
     updates, opt = tx.update(grads, state.opt, state.params, step=state.step)
-    params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.params, updates)
+    params = _moved(state, updates)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     bad = jnp.where(good, 0, state.bad + 1)
     metrics = {RENAMED.get(k, k): x * per_weight for k, x in totals.items()} | dict(
@@ -86,6 +88,19 @@ def make_train_step(
     ), metrics
 
   return step
+
+
+def _moved(state: TrainState, updates: Tree) -> Tree:
+  """Returns the parameters plus the updates, added in float32; those in bfloat16 are rounded by a hash of run, step
+  and place."""
+  words, flat = layers.fold(layers.fold(state.rng, ROUNDING), state.step), trees.flatten(state.params)
+  places = {path: i for i, path in enumerate(flat)}
+
+  def one(path: str, p: jax.Array, u: jax.Array) -> jax.Array:
+    x = p.astype(jnp.float32) + u
+    return layers.rounded(x, layers.fold(words, places[path])) if p.dtype == jnp.bfloat16 else x.astype(p.dtype)
+
+  return trees.map_with_path(one, state.params, updates)
 
 
 def _make_gradient(loss_fn: Loss, micro: int, trainable: Tree, pins: Tree | None) -> Callable:

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxft import hub, peft, safetensors, sharding, trees
+from jaxft import hub, safetensors, sharding, trees
 from jaxft.errors import InputError
-from jaxft.families import registry
+from jaxft.families import peft, registry
 from jaxft.models import lora
 from tests.families import parity, tiny
 from tests.models.test_lora import SPEC, drawn

@@ -46,8 +46,11 @@ def write(
   in place of the tokenizer's own.
   """
   if m.skeleton.lora is not None:
-    grown = m.stored.generation["vocab"] != m.skeleton.generation["vocab"]
-    peft.write(folder / ADAPTER, m.skeleton, params, m.trainable, "" if grown else m.base, m.mesh)
+    why = modeling.unshared(m)
+    if why:
+      observe.log.info("No PEFT folder is written: %s. The export holds the adapters as part of the weights.", why)
+    else:
+      peft.write(folder / ADAPTER, m.skeleton, params, m.trainable, m.base, m.mesh)
     m, params = modeling.whole(m, params)
   hub.save(
     folder,

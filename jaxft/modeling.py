@@ -140,10 +140,29 @@ def source(c: Reader, home: pathlib.Path | None = None) -> Source:
   json = hub.read_json(home / FOLDER / "config.json") if home else registry.read_config(folder) if folder else given
   if not (named or folder or home):
     raise InputError("config: model.tokenizer is empty; fresh weights need the folder or Hub id of a tokenizer.")
-  json = peft.with_head(adapter, json) if under else json
+  json = with_head_of(adapter, json) if under else json
   from_ = home / FOLDER if home else locate(named) if named else folder
   loaded = tokens.load(str(from_), tuple(c.model.languages))
   return Source(folder, home, json, loaded, from_, adapter if under else None)
+
+
+def with_head_of(adapter: pathlib.Path, json: dict) -> dict:
+  """Returns the config.json of an adapter's base with the head that the adapter is for."""
+  kind, whole = peft.head(adapter)
+  if kind == "lm":
+    return json
+  out = whole.get(f"{registry.family(json).heads[kind].hub['out']}.weight")
+  labels = tuple(f"LABEL_{i}" for i in range(out.shape[0])) if out and kind in registry.LABELLED else ()
+  return registry.wanted(json, registry.Wanted(kind, labels))
+
+
+def unshared(m: Model) -> str:
+  """Returns why nobody else has the model that the adapters of `m` stand on, "" where others have."""
+  if m.stored.generation["vocab"] != m.skeleton.generation["vocab"]:
+    return "the vocabulary has grown"
+  if registry.JAXFT_HEAD in m.skeleton.json:
+    return "its head is not one that transformers has"
+  return "" if m.base else "the model began from fresh weights or other adapters"
 
 
 def make(c: Reader, s: Source, want: registry.Wanted | None, devices: Sequence[jax.Device] | None = None) -> Model:

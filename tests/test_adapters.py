@@ -162,9 +162,19 @@ def test_training_goes_on_from_an_adapter_folder(folder, finished):
   m = make(c)
   found = trees.flatten(modeling.load(m, 0))
   want = trees.flatten(modeling.whole(*weights(finished))[1])
-  assert m.base == "" and found.keys() == want.keys()
+  assert m.base == "" and "other adapters" in modeling.unshared(m) and found.keys() == want.keys()
   for path, x in want.items():
     np.testing.assert_allclose(found[path], x, atol=1e-6, err_msg=path)
+
+
+def test_where_no_one_else_has_the_base(folder):
+  c = given(folder)
+  assert modeling.unshared(make(c)) == ""
+  c.task.kind, c.task.target, c.model.head.width = "classify", "", 7
+  reader = Reader(config.check(c))
+  source = modeling.source(reader)
+  m = modeling.make(reader, source, modeling.wanted("classify", source.json, ("a", "b"), multi=False, mlp=(7, "tanh")))
+  assert "its head is not one" in modeling.unshared(m)
 
 
 def test_names_that_people_type(folder):

@@ -19,7 +19,6 @@ import numpy as np
 
 from jaxft import names, safetensors, sharding, trees
 from jaxft.errors import InputError, NumbersError
-from jaxft.families import registry
 from jaxft.models import lora
 
 log = logging.getLogger("jaxft")
@@ -31,26 +30,18 @@ ENDS = (".lora_A.weight", ".lora_B.weight")
 TASKS = dict(lm="CAUSAL_LM", classify="SEQ_CLS", tag="TOKEN_CLS", qa="QUESTION_ANS")  # kind of head -> task_type
 
 
-def write(
-  folder: pathlib.Path, s: registry.Skeleton, params: Tree, trainable: Tree, base: str, mesh: jax.sharding.Mesh
-) -> bool:
+def write(folder: pathlib.Path, s: Any, params: Tree, trainable: Tree, base: str, mesh: jax.sharding.Mesh) -> bool:
   """Writes the adapters in `params`, and what is trained beside them, as a PEFT folder for the model `base`; reads it
   again, and raises NumbersError where it differs.
 
-  `s` is the model with adapters, `trainable` says what of it is trained; `base` is "" where nobody else has that model.
-  Every process must call it; process 0 writes.
-  Returns False, and logs why, for what PEFT has no place for.
+  `s` is the registry.Skeleton with adapters, `trainable` says what of it is trained. Every process must call it;
+  process 0 writes. Returns False, and logs why, where something is trained that PEFT has no place for.
   """
   flags = {p: bool(np.any(f)) for p, f in trees.flatten(trainable).items()}
   adapted = {p.removesuffix("kernel") for p in lora.adapters(params)}
   odd = [p for p in flags if flags[p] and not re.fullmatch(lora.NAMES, p) and p[: p.rindex("/") + 1] in adapted]
-  why = f"{odd[0]} is trained beside its adapter" if odd else ""
-  if registry.JAXFT_HEAD in s.json:
-    why = "its head is not one that transformers has"
-  if not base:
-    why = "the model did not begin as one that others have (fresh weights, other adapters, or a larger vocabulary)"
-  if why:
-    log.info("No PEFT folder is written: %s. The export holds the adapters as part of the weights.", why)
+  if odd:
+    log.info("No PEFT folder is written: %s is trained beside its adapter. The export holds both.", odd[0])
     return False
   moved = {p: x for p, x in trees.flatten(params).items() if flags[p]}
   moved = jax.jit(lambda t: t, out_shardings=sharding.replicated(mesh))(moved)
@@ -87,7 +78,7 @@ def _write(file: pathlib.Path, text: str) -> None:
 class _Folder:
   """What goes into a folder: tensors by their names there, and its config."""
 
-  def __init__(self, s: registry.Skeleton, flat: Mapping[str, np.ndarray]):
+  def __init__(self, s: Any, flat: Mapping[str, np.ndarray]):
     """`flat` holds the adapters and all else that is trained, by path, whole."""
     self._s, self._pairs = s, lora.adapters(trees.unflatten(dict(flat)))
     self.tensors: dict[str, np.ndarray] = {}
@@ -218,19 +209,16 @@ def _read(folder: pathlib.Path) -> dict:
   return given
 
 
-def with_head(folder: pathlib.Path, model: dict) -> dict:
-  """Returns the config.json `model` of an adapter's base with the head that the adapter brings, if it does."""
-  kind = next((k for k, task in TASKS.items() if task == _read(folder).get("task_type")), "lm")
-  if kind == "lm":
-    return model
-  out = PREFIX + registry.family(model).heads[kind].hub["out"] + ".weight"
+def head(folder: pathlib.Path) -> tuple[str, dict[str, safetensors.Tensor]]:
+  """Returns (kind of the head that the adapter in `folder` is for, tensors it brings whole, by the model's names)."""
+  task = _read(folder).get("task_type")
   found = safetensors.read_header(folder / WEIGHTS)
-  labels = tuple(f"LABEL_{i}" for i in range(found[out].shape[0])) if out in found and kind != "qa" else ()
-  return registry.wanted(model, registry.Wanted(kind, labels))
+  whole = {n.removeprefix(PREFIX): x for n, x in found.items() if not n.endswith(ENDS)}
+  return next((k for k, t in TASKS.items() if t == task), "lm"), whole
 
 
-def merge(folder: pathlib.Path, s: registry.Skeleton, params: Tree, lacking: Sequence[str]) -> Tree:
-  """Returns `params` of the model `s` without adapters, with those of `folder` in its weights.
+def merge(folder: pathlib.Path, s: Any, params: Tree, lacking: Sequence[str]) -> Tree:
+  """Returns `params` of the model `s` (a registry.Skeleton) without adapters, with those of `folder` in its weights.
 
   Raises InputError where the folder holds what the model has no place for, or not what is `lacking` (paths).
   """

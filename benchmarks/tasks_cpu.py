@@ -2,6 +2,7 @@
 
   python benchmarks/tasks_cpu.py --data=FOLDER --mode=speed
   python benchmarks/tasks_cpu.py --data=FOLDER --mode=quality --seeds=3
+  python benchmarks/tasks_cpu.py --data=FOLDER --mode=adapters --seeds=3      (the same with LoRA, beside PEFT)
   python benchmarks/tasks_cpu.py --data=FOLDER --mode=lm --lm_model=FOLDER    (Tiny Shakespeare, the loss step by step)
   python benchmarks/tasks_cpu.py --write_docs                                 (docs/results_tasks.md, from the results)
 
@@ -36,7 +37,12 @@ import tasks_sides
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs" / "results_tasks.md"
-FILES = dict(speed="tasks_cpu_speed.json", quality="tasks_cpu_quality.json", lm="shakespeare_cpu.json")
+FILES = dict(
+  speed="tasks_cpu_speed.json",
+  quality="tasks_cpu_quality.json",
+  adapters="tasks_cpu_adapters.json",
+  lm="shakespeare_cpu.json",
+)
 SIDES = ("jaxft", "trainer", "trainer-grouped")  # of speed; quality has the first two
 OURS, THEIRS, GROUPED = SIDES
 PLACES = ("--data", "--model", "--lm_model", "--cache", "--output")  # flags that say nothing of the result
@@ -172,7 +178,9 @@ def quality(args: argparse.Namespace, name: str) -> dict:
   first = seeds[OURS][0]
   batch = dict(rows_a_step=first["rows"], mean_examples_a_step=round(first["mean_examples"], 2), trainer_batch=examples)
   epochs = args.epochs or task_sets.CASES[name].epochs
-  return dict(batch, epochs=epochs, lr=task_sets.CASES[name].lr, examples=first["of"], summary=summary, seeds=seeds)
+  how = dict(epochs=epochs, lr=tasks_sides.rate(args, task_sets.CASES[name]))
+  how |= dict(lora=tasks_sides.LORA) if args.mode == "adapters" else {}
+  return dict(batch, **how, examples=first["of"], summary=summary, seeds=seeds)
 
 
 def shakespeare(args: argparse.Namespace, name: str) -> dict:
@@ -248,6 +256,7 @@ def lm_rows(tasks: dict) -> list[tuple]:
 TABLES = dict(
   speed=("Speed: examples a second (medians), ratios with the range over the rounds, peak memory", speed_rows),
   quality=("Quality: means over the seeds (half of the range)", quality_rows),
+  adapters=("Quality with adapters, beside PEFT: means over the seeds (half of the range)", quality_rows),
   lm=("Tiny Shakespeare, continued from stories260k: the loss of a step", lm_rows),
 )
 
@@ -292,7 +301,8 @@ def write_docs(folder: pathlib.Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     tasks = result["tasks"]
     header, *body = rows(tasks)
-    versions = ", ".join(f"{k} {result['versions'][k]}" for k in ("jax", "flax", "torch", "transformers"))
+    packages = ("jax", "flax", "torch", "transformers", *(("peft",) if mode == "adapters" else ()))
+    versions = ", ".join(f"{k} {result['versions'][k]}" for k in packages)
     dates = ", ".join(sorted({e["date"] for e in tasks.values()}))
     commands = sorted({f"`{e['command']}`" for e in tasks.values()})
     line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
@@ -304,7 +314,7 @@ def write_docs(folder: pathlib.Path) -> None:
   print(f"written: {DOCS}")
 
 
-MODES = dict(speed=speed, quality=quality, lm=shakespeare)
+MODES = dict(speed=speed, quality=quality, adapters=quality, lm=shakespeare)
 
 
 def main() -> None:

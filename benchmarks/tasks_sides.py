@@ -16,7 +16,14 @@ from task_sets import CASES, Case, lines
 
 DECAY, CLIP, WARMUP, STRIDE = 0.01, 1.0, 0.1, 128
 LM = dict(batch=8, length=256, lr=1e-3)  # of mode lm
+LORA = dict(rank=8, alpha=16, dropout=0.1, lr=1e-3)  # of mode adapters
+LINEAR = ["query", "key", "value", "intermediate.dense", "output.dense"]  # of BERT, as PEFT calls them
 HEADS = dict(classify="Sequence", regress="Sequence", tag="Token", qa="Question")
+
+
+def rate(args: argparse.Namespace, case: Case) -> float:
+  """Returns the learning rate."""
+  return LORA["lr"] if args.mode == "adapters" else case.lr
 
 
 def labels_of(args: argparse.Namespace) -> list[str]:
@@ -85,7 +92,9 @@ def our_config(args: argparse.Namespace, case: Case):
   c.task.labels = tuple(labels_of(args))
   c.data.update(train=f"{args.start}/train.jsonl", validation=f"{args.start}/dev.jsonl", too_long="truncate")
   c.data.cache, c.data.workers, c.data.lengths = f"{args.cache}/tokens", 1, dict(inputs=case.length)
-  c.optimizer.update(lr=case.lr, warmup=WARMUP, decay=DECAY, clip=CLIP)
+  c.optimizer.update(lr=rate(args, case), warmup=WARMUP, decay=DECAY, clip=CLIP)
+  if args.mode == "adapters":
+    c.lora.update(rank=LORA["rank"], alpha=float(LORA["alpha"]), dropout=LORA["dropout"])
   c.epochs = float(args.epochs or case.epochs)
   c.evals = dict(dev=dict(config.EVAL[case.kind], metrics=case.metrics, samples=0))
   return config.check(c)
@@ -210,6 +219,12 @@ def train_theirs(args: argparse.Namespace, case: Case) -> None:
   rows, _ = their_rows(case, tokenizer, f"{args.start}/train.jsonl", labels)
   model, speed = auto_class(case).from_pretrained(args.start, dtype="float32"), args.mode == "speed"
   steps, clock = args.warmup + args.steps, Clock(args.warmup if speed else 0)
+  if args.mode == "adapters":
+    import peft
+
+    heads = ["classifier", "qa_outputs", "bert.pooler.dense"]
+    how = dict(r=LORA["rank"], lora_alpha=LORA["alpha"], lora_dropout=LORA["dropout"], target_modules=LINEAR)
+    model = peft.get_peft_model(model, peft.LoraConfig(**how, modules_to_save=heads))
 
   def some(sampler):  # whole batches of an epoch in another order: those grouped by length go from long to short
     ids = list(sampler)
@@ -223,7 +238,7 @@ def train_theirs(args: argparse.Namespace, case: Case) -> None:
   )
   trainer = fit_theirs(
     args, model, rows, collator(tokenizer), clock, some if speed else lambda sampler: sampler,
-    max_steps=steps if speed else -1, num_train_epochs=args.epochs or case.epochs, learning_rate=case.lr,
+    max_steps=steps if speed else -1, num_train_epochs=args.epochs or case.epochs, learning_rate=rate(args, case),
     lr_scheduler_type="linear", warmup_steps=WARMUP, per_device_train_batch_size=args.examples,
     per_device_eval_batch_size=64,
     train_sampling_strategy="group_by_length" if args.side == "trainer-grouped" else "random")  # fmt: skip

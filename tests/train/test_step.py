@@ -18,6 +18,7 @@ import pytest
 from jaxft import sharding, trees
 from jaxft.errors import InputError
 from jaxft.families import registry
+from jaxft.models import layers
 from jaxft.train import losses, optimizer, step
 from tests.train import toy
 
@@ -224,6 +225,52 @@ def test_bfloat16_parameters_have_float32_state_and_learn():
   metrics, end = run.go(*[toy.batch()] * 8)
   assert end["head"]["kernel"].dtype == jnp.bfloat16 and run.state.opt[1].nu["head"]["kernel"].dtype == jnp.float32
   assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.3
+
+
+def test_rounding_to_bfloat16_is_right_in_the_mean():
+  words = layers.fold(jax.random.key(3), 1)
+  x = np.float32([1.0009765625, -3.0001, 1e-30, 7e4])[:, None] * np.ones((4, 40_000), np.float32)
+  found = np.asarray(jax.jit(layers.rounded)(x, words).astype(jnp.float32), np.float64)
+  for row, values in zip(found, x):
+    levels = np.unique(row)
+    assert len(levels) == 2 and levels[0] < values[0] < levels[1] and np.diff(levels) <= abs(values[0]) / 64
+    assert row.mean() == pytest.approx(values[0], abs=float(4 * row.std() / 200))
+  odd = np.float32([0.0, -0.0, 1.5, -2.25, np.inf, -np.inf, np.nan])
+  kept = np.asarray(jax.jit(layers.rounded)(odd, words).astype(jnp.float32))
+  np.testing.assert_array_equal(kept, odd)
+  assert np.signbit(kept[1])
+
+
+def test_updates_below_the_steps_of_bfloat16_add_up():
+  """With lr 1e-5 no update of 0.2 reaches half a step of bfloat16, so that to the nearest nothing would ever move."""
+  how = dict(lr=1e-5, schedule="constant", warmup=0, decay=0.0, b1=0.0, b2=0.0, clip=0.0)
+  half, whole = (Run(numbers=how, dtype=d) for d in (jnp.bfloat16, np.float32))
+  moved = {}
+  for name, r in (("half", half), ("whole", whole)):
+    before = np.asarray(r.state.params["head"]["kernel"], np.float32)
+    r.go(*[toy.batch(0)] * 20)
+    moved[name] = np.asarray(r.state.params["head"]["kernel"], np.float32) - before
+  there = np.abs(moved["whole"]) > 1.9e-4  # twenty times the same sign
+  share = (moved["half"] * np.sign(moved["whole"]))[there]
+  assert there.sum() > 500 and share.mean() == pytest.approx(2e-4, rel=0.25)
+  assert 0 < (share != 0).mean() < 0.9, "some have moved by a whole step of bfloat16 and some not at all"
+
+
+def test_rounding_does_not_depend_on_the_mesh_and_differs_from_step_to_step():
+  frozen = ((r"encoder/layers/[02]/.*", False), (r".*", True))
+  r = Run((2, 2, 2), numbers={}, dtype=jnp.bfloat16, trainable=frozen)
+  updates = jax.tree.map(lambda p: np.full(p.shape, 1e-4, np.float32), r.start)
+  move = lambda state, u: step._moved(state, u)
+  one = jax.device_get(jax.jit(move)(jax.device_get(r.state), updates))
+  many = jax.device_get(jax.jit(move)(r.state, jax.device_put(updates, step.shardings_of(r.state.params))))
+  later = jax.device_get(jax.jit(move)(r.state.replace(step=r.state.step + 1), updates))
+  for path, x in trees.flatten(one).items():
+    assert identical(x, trees.flatten(many)[path]), path
+    assert not identical(x, trees.flatten(later)[path]), path
+  _, end = r.go(toy.batch(0))
+  for path, before in trees.flatten(r.start).items():
+    if path.startswith("encoder/layers/"):
+      assert [identical(a, b) for a, b in zip(before, trees.flatten(end)[path])] == [True, False, True], path
 
 
 def test_eval_step_gives_sums_that_do_not_depend_on_the_batch():

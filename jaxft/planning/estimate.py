@@ -109,14 +109,15 @@ def local(x: jax.ShapeDtypeStruct) -> float:
 
 def _memory(of: build.Built, found: Mapping[str, float]) -> dict[str, float]:
   """Returns bytes by kind. Arguments are exact. What is temporary is attributed by shape: the gradient of what is
-  trained (float32, twice where micro-batches are added up), then one copy of the logits, then the rest."""
+  trained (as the parameters are; where micro-batches are added up, float32 and twice), then one copy of the logits, then
+  the rest."""
   held = lambda tree: float(sum(map(local, jax.tree.leaves(tree))))
   out = dict.fromkeys(KINDS, 0.0)
   if of.train:
     s = of.state
     out |= dict(parameters=held(s.params), frozen=held(s.frozen), optimizer=held(s.opt))
     f32 = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding), s.params)
-    out["gradients"] = held(f32) * (2 if of.micro > 1 else 1)
+    out["gradients"] = 2 * held(f32) if of.micro > 1 else held(s.params)
   else:
     out["parameters"] = held(of.state)
   out["batch"] = max(found["arguments"] - out["parameters"] - out["frozen"] - out["optimizer"], 0.0)

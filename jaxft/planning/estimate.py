@@ -109,8 +109,8 @@ def local(x: jax.ShapeDtypeStruct) -> float:
 
 def _memory(of: build.Built, found: Mapping[str, float]) -> dict[str, float]:
   """Returns bytes by kind. Arguments are exact. What is temporary is attributed by shape: the gradient of what is
-  trained (as the parameters are; where micro-batches are added up, float32 and twice), then one copy of the logits, then
-  the rest."""
+  trained (as the parameters are; where micro-batches are added up, float32 and twice), then one copy of the logits,
+  then the rest."""
   held = lambda tree: float(sum(map(local, jax.tree.leaves(tree))))
   out = dict.fromkeys(KINDS, 0.0)
   if of.train:

@@ -54,51 +54,68 @@ def sums(model: Any, x_BTD: jax.Array, labels_BT, weights_BT, forward, backward,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(ways, params, x_BTD, labels_BT, weights_BT, numbers) -> Sums:
-  return _run(ways, params, x_BTD, labels_BT, weights_BT, numbers, slopes=False)[0]
+  return _run(ways, params, x_BTD, labels_BT, weights_BT, numbers, None)[0]
 
 
-def _forward(ways, params, x_BTD, labels_BT, weights_BT, numbers):
-  return _run(ways, params, x_BTD, labels_BT, weights_BT, numbers, slopes=True)
+def _forward(ways, *given):
+  """Gradients are made of what is differentiated and of nothing else: not of a frozen head, a third of its work."""
+  moves = jax.tree.map(lambda x: x.perturbed, given[:2])
+  return _run(ways, *jax.tree.map(lambda x: x.value, given), moves)
 
 
 def _backward(ways, kept, cotangents):
-  params, x = kept
   scale = lambda d: (d * cotangents[0]).astype(d.dtype)
-  return jax.tree.map(scale, params), scale(x), None, None, None
+  return *jax.tree.map(scale, kept), None, None, None
 
 
-_sums.defvjp(_forward, _backward)
+_sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _run(ways, params, x_BTD, labels_BT, weights_BT, numbers, *, slopes: bool):
-  """Returns (sums, gradients of the loss by `params` and `x_BTD`, or zeros without `slopes`)."""
+def _run(ways, params, x_BTD, labels_BT, weights_BT, numbers, moves):
+  """Returns (sums, gradients of the loss by `params` and `x_BTD`): None where a flag in `moves`, (for params, for x),
+  is False, and nothing without `moves`."""
   project, forward, backward, t = ways
   B, T, D = x_BTD.shape
   n = math.ceil(T / t)
   hidden_last = jnp.argsort(weights_BT == 0, axis=1, stable=True)
   fields = [_cut(_moved(x, hidden_last), n, t) for x in (x_BTD, labels_BT, weights_BT)]
+  slopes = moves is not None
+  flags, tree = jax.tree.flatten(moves[0] if slopes else jax.tree.map(lambda _: False, params))
+  leaves = jax.tree.leaves(params)
+  pick = lambda values, flag: [x for x, f in zip(values, flags) if f == flag]
+  still = pick(leaves, False)
+
+  def spread(trained: list, others: list) -> Tree:
+    sides = {True: iter(trained), False: iter(others)}
+    return jax.tree.unflatten(tree, [next(sides[f]) for f in flags])
 
   def tokens(x, labels, weights):
-    logits, pull = jax.vjp(project, params, x) if slopes else (project(params, x), None)
+    given = lambda trained, x: project(spread(trained, still), x)
+    if slopes and moves[1]:
+      logits, pull = jax.vjp(given, pick(leaves, True), x)
+    elif slopes:
+      logits, pull = jax.vjp(lambda trained: given(trained, x), pick(leaves, True))
+    else:
+      logits, pull = given([], x), None
     values, kept = forward(logits, labels, *numbers)
     total = tuple(jnp.sum(jnp.where(weights != 0, v * weights, 0)) for v in values)
     if not slopes:
-      return total, (), ()
-    of_params, of_x = pull(backward(kept, (weights,))[0])
-    return total, jax.tree.map(lambda d: d.astype(jnp.float32), of_params), of_x
+      return total, [], ()
+    of_params, *of_x = pull(backward(kept, (weights,))[0])
+    return total, [d.astype(jnp.float32) for d in of_params], tuple(of_x)
 
   def body(carry, fields):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(tokens, *fields))
     total, of_params, of_x = jax.lax.cond(jnp.any(fields[2] != 0), tokens, lambda *_: zeros, *fields)
     return jax.tree.map(jnp.add, carry, (total, of_params)), of_x
 
-  zero = (jnp.zeros(()),) * 3
-  first = (zero, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params) if slopes else ())
+  first = (jnp.zeros(()),) * 3, [jnp.zeros(p.shape, jnp.float32) for p in pick(leaves, True)]
   (total, of_params), of_x = jax.lax.scan(body, first, fields)
   if not slopes:
     return total, ()
-  of_x = _moved(of_x.swapaxes(0, 1).reshape(B, n * t, D)[:, :T], jnp.argsort(hidden_last, axis=1))
-  return total, (jax.tree.map(lambda d, p: d.astype(p.dtype), of_params, params), of_x)
+  back = lambda d: _moved(d.swapaxes(0, 1).reshape(B, n * t, D)[:, :T], jnp.argsort(hidden_last, axis=1))
+  of_params = [d.astype(p.dtype) for d, p in zip(of_params, pick(leaves, True))]
+  return total, (spread(of_params, [None] * len(still)), back(*of_x) if of_x else None)
 
 
 def _moved(x: jax.Array, order_BT: jax.Array) -> jax.Array:

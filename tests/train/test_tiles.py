@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import flops, sharding, standin
+from jaxft import flops, sharding, standin, trees
 from jaxft.families import registry
 from jaxft.train import losses, tiles
 
@@ -146,3 +146,32 @@ def test_a_head_with_dropout_is_not_cut():
   want = losses.make("mlm", losses.Options())(model, rows, key)
   for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(losses.make("mlm", o)(model, rows, key))):
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind, json", [("llama", {}), ("llama", dict(tie_word_embeddings=True)), ("bert", {})])
+@pytest.mark.parametrize("moves", ["body", "head", "bias"])
+def test_what_is_frozen_has_no_gradient_and_no_product(kind, json, moves):
+  """A frozen head costs the product of its gradient nothing, and a frozen body that of the hidden states."""
+  s = skeleton(kind, **json)
+  flat = trees.flatten(s.init(jax.random.key(1)))
+  own = dict(body=lambda p: "/layers/" in p, head=lambda p: p.startswith(("head", "embed")))
+  own["bias"] = lambda p: p == "head/bias"
+  if moves == "bias" and "head/bias" not in flat:
+    pytest.skip("a head without a bias: the case is covered by bert")
+  moved = {p: x for p, x in flat.items() if own[moves](p)}
+  still, rows = {p: x for p, x in flat.items() if p not in moved}, batch(kind)
+
+  def grads(logits):
+    loss = losses.make(KINDS[kind], losses.Options(0.1, 1e-2, logits=logits))
+    return lambda m: jax.grad(lambda m: loss(s.bind(trees.unflatten(still | m)), rows, None)[0])(m)
+
+  cut, whole = grads(4.0 * B * 8 * 301), grads(0.0)
+  got, want = cut(moved), whole(moved)
+  for path, x in want.items():
+    np.testing.assert_allclose(got[path], x, rtol=1e-5, atol=3e-6 * float(jnp.abs(x).max()) + 1e-8, err_msg=path)
+  all_ = lambda m: jax.grad(lambda m: losses.make(KINDS[kind], losses.Options(0.1, 1e-2, logits=4.0 * B * 8 * 301))(
+    s.bind(trees.unflatten(m)), rows, None)[0])(m)  # fmt: skip
+  head = 2.0 * B * T * 64 * 301  # of one product with the table
+  saved = {"body": 1, "head": 0 if s.spec.heads[0][1].tied else 1, "bias": 2}[moves]
+  assert flops.count(all_, flat) - flops.count(cut, moved) >= saved * head
+  assert flops.count(cut, moved) >= {"body": 2, "head": 2, "bias": 1}[moves] * head

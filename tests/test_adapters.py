@@ -175,6 +175,8 @@ def test_where_no_one_else_has_the_base(folder):
   source = modeling.source(reader)
   m = modeling.make(reader, source, modeling.wanted("classify", source.json, ("a", "b"), multi=False, mlp=(7, "tanh")))
   assert "its head is not one" in modeling.unshared(m)
+  flags = trees.flatten(m.trainable)
+  assert all(np.any(flags[p]) == (p.startswith("head/") or "/lora_" in p) for p in flags), "a new head learns"
 
 
 def test_names_that_people_type(folder):

@@ -9,7 +9,7 @@ dropout of the architecture, on about the same examples a step. Trainer pads to 
 documentation has it, or (`grouped`) draws batches of similar length, or (`compiled`) has torch_compile=True besides;
 GPT-2 and Llama take blocks of 256 tokens on all sides, as run_clm.py makes them; cases with -lora train adapters on
 all linear layers, with PEFT on Trainer's side. jaxft packs, with the large pages that its binaries ask for. A token
-counts if it is real. --tunix and --flax name interpreters that have the JAX peers. Results go to
+counts if it is real. --tunix, --easydel and --flax name interpreters that have the JAX peers. Results go to
 benchmarks/results/peers_cpu.json, or --output; benchmarks/performance.py makes the page of all of them.
 """
 
@@ -30,7 +30,7 @@ import peers_jax
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "peers_cpu.json"
 LR, DECAY, CLIP, MANY = 1e-4, 0.01, 1.0, 10**6
-CONTESTANTS = ("jaxft", "trainer", "trainer-grouped", "trainer-compiled", "tunix", "flax-t5")
+CONTESTANTS = ("jaxft", "trainer", "trainer-grouped", "trainer-compiled", "tunix", "easydel", "flax-t5")
 
 
 TEMPLATES = dict(  # of jaxft's task
@@ -85,13 +85,14 @@ def contestants(case: Case, args: argparse.Namespace) -> list[str]:
   """Returns who takes part: blocks of one length need no grouping, and the JAX peers have models of one kind."""
   wanted = {n: True for n in args.contestants}
   wanted["trainer-grouped"] = "trainer-grouped" in wanted and case.kind != "causal"
-  wanted["tunix"] = bool(args.tunix) and case.model["model_type"] == "llama" and not case.lora
+  for name in ("tunix", "easydel"):
+    wanted[name] = bool(getattr(args, name)) and case.model["model_type"] == "llama" and not case.lora
   wanted["flax-t5"] = bool(args.flax) and case.model["model_type"] == "t5"
   return [n for n in CONTESTANTS if wanted.get(n)]
 
 
 def interpreter(name: str, args: argparse.Namespace) -> str:
-  return {"tunix": args.tunix, "flax-t5": args.flax}.get(name, sys.executable)
+  return {"tunix": args.tunix, "easydel": args.easydel, "flax-t5": args.flax}.get(name, sys.executable)
 
 
 def ids_of(case: Case, work: pathlib.Path) -> None:
@@ -276,6 +277,7 @@ def arguments() -> argparse.Namespace:
   p.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
   p.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
   p.add_argument("--tunix", default="", help="Python that has Tunix; see peers_jax.py")
+  p.add_argument("--easydel", default="", help="Python that has EasyDeL; see peers_jax.py")
   p.add_argument("--flax", default="", help="Python that has transformers with Flax; see peers_jax.py")
   p.add_argument("--rounds", type=int, default=5)
   p.add_argument("--steps", type=int, default=3, help="optimizer steps a round")
@@ -300,7 +302,7 @@ def run(args: argparse.Namespace, name: str) -> dict:
     tokenizer(case.tokenizer, pathlib.Path(args.data), pathlib.Path(work) / "tokenizer")
     given = [f"--case={name}", f"--work={work}", f"--warmup={args.warmup}"]
     sides = contestants(case, args)
-    if {"tunix", "flax-t5"} & {*sides}:
+    if {"tunix", "easydel", "flax-t5"} & {*sides}:
       ids_of(case, pathlib.Path(work))
     # jaxft's binaries see to it themselves that malloc asks for large pages; a worker here is none of them
     own = ["env", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"]
@@ -323,7 +325,7 @@ def main() -> None:
   fixed = {k: v for k, v in before.items() if k != "load_before"}
   old = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
   cases = old.get("cases", {}) if all(old.get(k) == v for k, v in fixed.items()) else {}
-  words = [w for w in sys.argv[1:] if not w.startswith(("--data", "--output", "--tunix", "--flax"))]
+  words = [w for w in sys.argv[1:] if not w.startswith(("--data", "--output", "--tunix", "--easydel", "--flax"))]
   command = " ".join(["python benchmarks/peers.py --data=FOLDER", *words])
   for name in args.cases:
     facts = dict(date=datetime.date.today().isoformat(), command=command, load_before=os.getloadavg())

@@ -1,6 +1,7 @@
 """The JAX peers of peers.py, each with an interpreter of its own, as they pin other versions of JAX: Tunix PeftTrainer
-(pip install google-tunix) and the T5 that transformers had in Flax until 4.57, trained as its run_summarization_flax.py
-did (pip install jax==0.4.30 flax==0.8.5 optax==0.2.3 transformers==4.44.2, Python 3.11)."""
+(pip install google-tunix), EasyDeL's Trainer (pip install easydel pillow, and torch, which it asks for), and the T5
+that transformers had in Flax until 4.57, trained as its run_summarization_flax.py did (pip install jax==0.4.30
+flax==0.8.5 optax==0.2.3 transformers==4.44.2, Python 3.11)."""
 
 import argparse
 import importlib.metadata
@@ -80,6 +81,43 @@ def train_tunix(args: argparse.Namespace, case, lr: float, decay: float, clip: f
       return
 
 
+def train_easydel(args: argparse.Namespace, case, lr: float, decay: float, clip: float) -> None:
+  """Trains a Llama shape with EasyDeL's Trainer, all weights, until the referee ends it."""
+  import datasets
+  import easydel
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+
+  config = easydel.LlamaConfig(**{k: v for k, v in case.model.items() if k != "model_type"})
+  model = easydel.LlamaForCausalLM(config=config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+  size = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+  referee = contest.Referee(args.warmup, parameters=size, **said("easydel", "jax", "flax", "optax"))
+  tokens = case.examples * case.length
+
+  class Ended(Exception):
+    pass
+
+  class Counted(easydel.Trainer):
+    def on_step_end(self, state, metrics, step):
+      if not referee.step(loss=float(metrics.loss), examples=case.examples, tokens=tokens, places=tokens):
+        raise Ended
+      return super().on_step_end(state, metrics, step)
+
+  rows = read(args)
+  data = datasets.Dataset.from_dict(
+    dict(input_ids=rows, labels=rows, attention_mask=[[1] * case.length for _ in rows])
+  )
+  how = easydel.TrainingArguments(
+    total_batch_size=case.examples, learning_rate=lr, weight_decay=decay, clip_grad=clip, max_length=case.length,
+    num_train_epochs=1000, use_wandb=False, do_last_save=False, resume_if_possible=False, log_grad_norms=False,
+    save_directory=f"{args.work}/easydel", log_steps=10**6, report_steps=10**6)  # fmt: skip
+  try:
+    Counted(arguments=how, model=model, dataset_train=data).train()
+  except Ended:
+    return
+
+
 def train_flax(args: argparse.Namespace, case, lr: float, decay: float, clip: float) -> None:
   """Trains FlaxT5 with rows padded to the longest of the data, until the referee ends it."""
   import jax
@@ -126,4 +164,4 @@ def train_flax(args: argparse.Namespace, case, lr: float, decay: float, clip: fl
       return
 
 
-SIDES = {"tunix": train_tunix, "flax-t5": train_flax}
+SIDES = {"tunix": train_tunix, "easydel": train_easydel, "flax-t5": train_flax}

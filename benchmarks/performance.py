@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 OURS = "jaxft"
-COLORS = ("#4269d0", "#6cc5b0", "#efb118", "#ff725c", "#a463f2")
+COLORS = ("#4269d0", "#6cc5b0", "#efb118", "#ff725c", "#9c6b4e", "#a463f2")
 NAMES = {
   "trainer": "Trainer",
   "trainer-grouped": "Trainer, group_by_length",
   "trainer-compiled": "Trainer, torch.compile",
   "tunix": "Tunix",
+  "easydel": "EasyDeL",
   "flax-t5": "FlaxT5 of transformers 4.44",
   OURS: OURS,
 }

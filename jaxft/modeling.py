@@ -21,6 +21,7 @@ from jaxft.train import step
 log = logging.getLogger("jaxft")
 
 FOLDER = "model"  # in a run folder: config and tokenizer
+BASE = "base.txt"  # in that, of a run with adapters: Source.base
 PRECISION = jax.config.jax_default_matmul_precision  # before a float32 model has raised it for the process
 ASSETS = pathlib.Path(jaxft.__file__).parent / "assets"
 
@@ -50,6 +51,7 @@ class Source:
   tokenizer: tokens.Tokenizer | None  # None: shapes alone are asked for
   tokens_folder: pathlib.Path
   adapter: pathlib.Path | None = None  # a PEFT folder whose adapters are added to the weights
+  base: str = ""  # its name, as other programs call it; "": fresh weights, or with adapters in them
 
   @property
   def labels(self) -> tuple[str, ...]:
@@ -64,7 +66,7 @@ class Model:
 
   folder: pathlib.Path | None  # of the weights it starts from; None: fresh ones
   adapter: pathlib.Path | None  # see Source
-  base: str  # what it starts from, as other programs call it; "": fresh weights, or a model that no one else has
+  base: str  # see Source
   tokens_folder: pathlib.Path
   skeleton: registry.Skeleton
   stored: registry.Skeleton  # as the weights in `folder` are; differs from `skeleton` where the vocabulary grows
@@ -143,7 +145,9 @@ def source(c: Reader, home: pathlib.Path | None = None) -> Source:
   json = with_head_of(adapter, json) if under else json
   from_ = home / FOLDER if home else locate(named) if named else folder
   loaded = tokens.load(str(from_), tuple(c.model.languages))
-  return Source(folder, home, json, loaded, from_, adapter if under else None)
+  kept = home / FOLDER / BASE if home else None
+  base = kept.read_text(encoding="utf-8") if kept and kept.exists() else "" if under else _named(init)
+  return Source(folder, home, json, loaded, from_, adapter if under else None, base)
 
 
 def with_head_of(adapter: pathlib.Path, json: dict) -> dict:
@@ -204,19 +208,7 @@ def make(c: Reader, s: Source, want: registry.Wanted | None, devices: Sequence[j
   again = registry.skeleton(skeleton.json, **{**how, "attention": "dense"})
   here = s.folder or (s.home / FOLDER if s.home else None)
   return Model(
-    here,
-    s.adapter,
-    "" if s.adapter else _named(c.model.init),
-    s.tokens_folder,
-    skeleton,
-    stored,
-    merged,
-    plain,
-    again,
-    s.tokenizer,
-    mesh,
-    rules,
-    trained,
+    here, s.adapter, s.base, s.tokens_folder, skeleton, stored, merged, plain, again, s.tokenizer, mesh, rules, trained
   )
 
 

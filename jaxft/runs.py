@@ -31,6 +31,8 @@ def keep(m: modeling.Model, home: pathlib.Path, data: Mapping[str, Any], chat: s
   folder = home / modeling.FOLDER
   folder.mkdir(exist_ok=True)
   m.tokenizer.save(folder)
+  if m.skeleton.lora is not None:
+    (folder / modeling.BASE).write_text(m.base, encoding="utf-8")
   if chat:
     (folder / kinds.CHAT).write_text(chat, encoding="utf-8")
   tasks = data["tasks"]

@@ -165,6 +165,10 @@ def test_training_goes_on_from_an_adapter_folder(folder, finished):
   assert m.base == "" and "other adapters" in modeling.unshared(m) and found.keys() == want.keys()
   for path, x in want.items():
     np.testing.assert_allclose(found[path], x, atol=1e-6, err_msg=path)
+  c.lora.rank, c.steps, c.optimizer.warmup = 2, 1, 0
+  main.train(c, str(folder / "twice"))
+  assert modeling.unshared(runs.run(str(folder / "twice"))[1]), "its readers know, too, that no one else has its base"
+  assert not (folder / "twice" / "export" / "adapter").exists()
 
 
 def test_where_no_one_else_has_the_base(folder):

@@ -223,35 +223,41 @@ def merge(folder: pathlib.Path, s: Any, params: Tree, lacking: Sequence[str]) ->
   Raises InputError where the folder holds what the model has no place for, or not what is `lacking` (paths).
   """
   given, found = _read(folder), safetensors.read_header(folder / WEIGHTS)
-  shapes, used, changed, new = trees.flatten(s.shapes), set(), {}, set()
-  for entry in names.entries(s.rules, shapes):
+  shapes, used, jobs, new = trees.flatten(s.shapes), set(), {}, set()
+
+  def value(entry: names.Entry) -> np.ndarray:
+    """Returns what the tensor `entry` becomes, or what is added to it."""
     layer = entry.name.removesuffix(".weight")
-    pair, whole = [PREFIX + layer + end for end in ENDS], PREFIX + entry.name
-    if whole in found:
-      used.add(whole)
-      x = np.asarray(found[whole].view(), np.float32)
-    elif pair[0] in found and pair[1] in found:
-      used.update(pair)
-      a, b = (np.asarray(found[n].view(), np.float32) for n in pair)
-      into = lora.sides_of(s.module, entry.rules[0].ours)
-      x = _scale(given, layer, len(a)) * (b @ a)
-      x = x.T if inputs_first(entry.rules[0], into) else x
-    else:
-      continue
-    if x.shape != entry.shape:
-      raise InputError(f"{folder}: {layer} is {list(x.shape)} there, and {list(entry.shape)} in the model.")
-    for rule in entry.rules:
-      shape = shapes[rule.ours].shape
-      one = changed.setdefault(rule.ours, np.zeros(shape, np.float32))
-      (one[entry.layer] if rule.stacked else one)[...] = rule.to_ours(x, shape)
+    if PREFIX + entry.name in found:
+      return np.asarray(found[PREFIX + entry.name].view(), np.float32)
+    a, b = (np.asarray(found[PREFIX + layer + end].view(), np.float32) for end in ENDS)
+    x = _scale(given, layer, len(a)) * (b @ a)
+    return x.T if inputs_first(entry.rules[0], lora.sides_of(s.module, entry.rules[0].ours)) else x
+
+  for entry in names.entries(s.rules, shapes):
+    whole, pair = PREFIX + entry.name, {PREFIX + entry.name.removesuffix(".weight") + end for end in ENDS}
+    brings = {whole} if whole in found else pair if pair <= set(found) else set()
+    used |= brings
+    for rule in entry.rules if brings else ():
+      jobs.setdefault(rule.ours, []).append((entry, rule))
       new |= {rule.ours} if whole in found else set()
   rest, without = sorted(set(found) - used), sorted(set(lacking) - new)
   if rest or without:
     lists = (("the model has no place for", rest), ("it does not bring", without))
     said = "; ".join(f"{t} {', '.join(x[:8])}{' ...' if len(x) > 8 else ''}" for t, x in lists if x)
     raise InputError(f"{folder} does not fit its model: {said}.")
+
+  def one(path: str, p: jax.Array) -> jax.Array:
+    by = np.zeros(p.shape if path in jobs else (), np.float32)  # of one leaf at a time, in the host's memory
+    for entry, rule in jobs.get(path, ()):
+      x = value(entry)
+      if x.shape != entry.shape:
+        raise InputError(f"{folder}: {entry.name} is {list(x.shape)} there, and {list(entry.shape)} in the model.")
+      (by[entry.layer] if rule.stacked else by)[...] = rule.to_ours(x, p.shape)
+    return _changed(p, by, path in new) if path in jobs else p
+
   log.info("%s: adapters of %d layers are added to the weights.", folder, sum(n.endswith(ENDS[0]) for n in used))
-  return trees.map_with_path(lambda path, p: _changed(p, changed.get(path), path in new), params)
+  return trees.map_with_path(one, params)
 
 
 def _scale(given: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -261,9 +267,7 @@ def _scale(given: Mapping[str, Any], layer: str, rank: int) -> float:
   return alpha / (rank**0.5 if given.get("use_rslora") else rank)
 
 
-def _changed(p: jax.Array, by: np.ndarray | None, replace: bool) -> jax.Array:
-  if by is None:
-    return p
+def _changed(p: jax.Array, by: np.ndarray, replace: bool) -> jax.Array:
   x = jax.make_array_from_callback(p.shape, p.sharding, lambda index: by[index])
   add = lambda p, x: (x if replace else p.astype(np.float32) + x).astype(p.dtype)
   return jax.jit(add, out_shardings=p.sharding)(p, x)

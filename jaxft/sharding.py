@@ -120,8 +120,8 @@ def like(tree: Tree, params: Tree, shardings: Tree) -> Tree:
   """Returns shardings for a tree with parameter-shaped leaves, such as an optimizer's state or a gradient.
 
   A leaf belongs to the parameter whose path is the longest run of dict keys at the end of the leaf's own path. With
-  that parameter's shape it takes its sharding; with one or two axes reduced away (Adafactor) or merged into a matrix,
-  those of the axes that are left; anything else (counters) is replicated.
+  that parameter's shape it takes its sharding; with one or two axes reduced away (Adafactor; the last one to a size of
+  1) or merged into a matrix, those of the axes that are left; anything else (counters) is replicated.
   """
   shapes = {p: tuple(x.shape) for p, x in trees.flatten(params).items()}
   flat = trees.flatten(shardings)
@@ -139,8 +139,11 @@ def like(tree: Tree, params: Tree, shardings: Tree) -> Tree:
 
 
 def _reduced_spec(parts: PartitionSpec, shape: tuple, found: tuple, mesh: Mesh) -> PartitionSpec:
-  """Returns the spec of an array whose shape `found` is a subsequence of `shape`; of any other array none is split."""
+  """Returns the spec of an array whose shape `found` is a subsequence of `shape`, or `shape` with a last axis of 1; of
+  any other array none is split."""
   parts = tuple(parts) + (None,) * (len(shape) - len(parts))
+  if found and found == (*shape[:-1], 1) != shape:
+    return PartitionSpec(*parts[:-1], None)
   out, at = [], 0
   for size in found:
     while at < len(shape) and shape[at] != size:

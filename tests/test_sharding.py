@@ -85,6 +85,18 @@ def test_optimizer_state_lives_where_its_parameter_lives():
   )
 
 
+def test_a_number_for_each_row_lives_where_the_row_lives():
+  mesh = sharding.make_mesh(MESH)
+  shapes, axes = dict(q=shape(3, 6, 512)), dict(q=("layers", "batch", "heads"))
+  places = sharding.leaf_shardings(mesh, dict(RULES, batch="data"), axes, shapes)
+  spec = lambda *sizes: sharding.like(dict(q=shape(*sizes)), shapes, places)["q"].spec
+  assert spec(3, 6, 512) == P(None, "data", "tensor") and spec(3, 6, 1) == P(None, "data", None)
+  assert spec(3, 6, 7) == spec(3, 3, 1) == P()
+  narrow = dict(q=shape(4, 1))
+  places = sharding.leaf_shardings(mesh, RULES, dict(q=("embed", "layers")), narrow)
+  assert sharding.like(narrow, narrow, places)["q"].spec == P("fsdp", None)
+
+
 def test_pin_works_inside_of_use_only():
   mesh = sharding.make_mesh(MESH)
   fn = lambda x: sharding.pin(x * 2, ("batch", None, "mlp"))

@@ -102,7 +102,7 @@ def make(
   `shapes` and `axes` describe all parameters; `trainable` is the tree of `trees.trainable`: only its leaves with a True
   are given to the transformation, and layers with False inside of them come out unchanged bit by bit. `update(grads,
   state, params, step=i32[])` wants the number of the step, because the learning rate follows from it and not from the
-  state, and gives float32 updates to be added in float32; statistics are float32 whatever the parameters are.
+  state, and gives float32 updates to be added in float32; statistics are float32, or codes, whatever those are.
 
   `name`: see `_algorithm`. `layer_decay` times the learning rate for each layer further from the head (Clark et al.
   2020, appendix B); it comes on top of `lr_rules`. `toward_init` pulls the weights to where they started (L2-SP, Li et
@@ -201,21 +201,18 @@ def _toward_init(share: float) -> optax.GradientTransformationExtraArgs:
 def _algorithm(name: str, leaves: dict, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
   """Returns what turns gradients into updates.
 
-  adamw (arXiv 1711.05101); adamw_8bit: with moments of a byte in matrices and tables of at least eightbit.FEWEST
-  entries; lion (arXiv 2302.06675); adafactor (arXiv 1804.04235) as T5X has it: no momentum, decay
-  exponent 0.8, updates clipped to an RMS of 1 and scaled by the RMS of their parameter; it reads no b1, b2, eps. muon:
-  matrices of the layers (kernels with an "embed" axis, heads joined, and adapters) by Newton-Schulz with momentum b1,
-  scaled by 0.2 sqrt(max(fan in, fan out)) so that AdamW's learning rates fit (arXiv 2502.16982 section 2.2);
-  embeddings, heads of the vocabulary, norms and biases by AdamW.
+  adamw (arXiv 1711.05101); adamw_8bit: the same with moments of a byte, `eightbit.scale_by_adam_8bit`; lion (arXiv
+  2302.06675); adafactor (arXiv 1804.04235) as T5X has it: no momentum, decay exponent 0.8, updates clipped to an RMS of
+  1 and scaled by the RMS of their parameter; it reads no b1, b2, eps. muon: matrices of the layers (kernels with an
+  "embed" axis, heads joined, and adapters) by Newton-Schulz with momentum b1, scaled by 0.2 sqrt(max(fan in, fan out))
+  so that AdamW's learning rates fit (arXiv 2502.16982 section 2.2); embeddings, heads of the vocabulary, norms and
+  biases by AdamW.
   """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   if name == "lion":
     return optax.scale_by_lion(b1=b1, b2=b2)
   if name == "adamw_8bit":
-    small = lambda leaf: not leaf.rows or leaf.size < eightbit.FEWEST
-    group = {path: "float32" if small(leaf) else "bytes" for path, leaf in leaves.items()}
-    members = dict(float32=adam, bytes=eightbit.scale_by_adam(b1, b2, eps))
-    return _grouped({g: tx for g, tx in members.items() if g in group.values()}, group)
+    return eightbit.scale_by_adam_8bit(b1, b2, eps, {path: leaf.depth for path, leaf in leaves.items()})
   return dict(adamw=lambda: adam, adafactor=lambda: _adafactor(leaves), muon=lambda: _muon(leaves, b1, adam))[name]()
 
 
@@ -223,7 +220,6 @@ class _Leaf(NamedTuple):
   depth: int  # stacked layers; 0: not stacked
   rows: int  # axes of the input side of a matrix, after the stacked one; 0: not a matrix
   matrix: bool  # a matrix of a layer: what Muon orthogonalises
-  size: int  # entries of one layer
 
 
 def _leaf(shape: tuple, axes: tuple) -> _Leaf:
@@ -231,7 +227,7 @@ def _leaf(shape: tuple, axes: tuple) -> _Leaf:
   own = tuple(axes[1:] if stacked else axes)
   rows = 0 if len(own) < 2 else (1 if len(own) == 2 or own[0] in ("embed", "rank") else len(own) - 1)
   inner = bool({"embed", "rank"} & set(own)) and not {"vocab", "positions", "labels"} & set(own)
-  return _Leaf(shape[0] if stacked else 0, rows, bool(rows) and inner, math.prod(shape[stacked:]))
+  return _Leaf(shape[0] if stacked else 0, rows, bool(rows) and inner)
 
 
 def _f32(x: Any) -> Any:

@@ -1,8 +1,12 @@
-"""Moments in a byte: what codes stand for, that rounding is right in the mean, and that training goes the same way.
+"""Moments of a byte: the codes alone, against Adam, on a mesh, after a restart.
 
-Catches: rounding to the nearest, after which a falling second moment stands still; a second moment that becomes 0 and
-is divided by; chances that repeat from step to step or differ on a mesh; a moment above its top; a small leaf in bytes.
+Catches: rounding to the nearest (a second moment that stands still), a mean that is not the value, bits that leaves,
+moments or steps share, a second moment that becomes 0, an update from rounded moments, a small leaf with codes, moments
+that a mesh gathers, tops that depend on it, a state that a checkpoint does not hold.
 """
+
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,181 +15,285 @@ import optax
 import pytest
 
 from jaxft import sharding, trees
-from jaxft.train import eightbit, optimizer
-from tests.train import toy
-from tests.train.test_step import NUMBERS, RULES, Run
+from jaxft.models import layers
+from jaxft.train import checkpoint, eightbit, optimizer, step
+from tests.train.test_optimizer import NUMBERS
 
-KINDS = ("mu", "nu")
-
-
-def values(kind, rows=6, size=200, octaves=12.0, seed=0):
-  """Moments over many octaves, their top a little above the largest."""
-  rng = np.random.default_rng(seed)
-  x = np.exp2(-octaves * rng.random((rows, size))) * (rng.choice([-1, 1], (rows, size)) if kind == "mu" else 1)
-  scale = np.exp(rng.normal(size=(rows, 1)) * 5)
-  return (x * scale).astype(np.float32), (1.3 * np.abs(x * scale).max(-1)).astype(np.float32)
+CODES = dict(first=eightbit.FIRST, second=eightbit.SECOND)
+encode = jax.jit(eightbit.encode, static_argnums=2)
+decode = jax.jit(eightbit.decode, static_argnums=2)
 
 
-def there_and_back(kind, x, top, times=1, seed=1):
-  """Returns `times` moments [times, ...] that came back from codes."""
-  run = jax.jit(lambda c: eightbit.decode(eightbit.encode(x, top, c, kind), top, kind))
-  chances = np.random.default_rng(seed).integers(0, 2**16, (times, *x.shape)).astype(np.uint32)
-  return np.stack([run(c) for c in chances])
+def words(i):
+  return layers.fold(jnp.zeros(2, jnp.uint32), i)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_code_is_one_of_the_two_levels_beside_a_value(kind):
-  x, top = values(kind)
-  found = there_and_back(kind, x, top, 20)
-  ratio = found / x
-  assert 2 ** (-1 / 8) - 1e-4 < ratio.min() < 0.97 and 1.03 < ratio.max() < 2 ** (1 / 8) + 1e-4
-  assert {len(np.unique(found[:, 0, i])) for i in range(40)} == {1, 2}, "mostly both levels are taken, and no third"
-  again = there_and_back(kind, found[0], top, 5)
-  np.testing.assert_allclose(again, np.broadcast_to(found[0], again.shape), rtol=1e-4)  # a level is its own
+def levels(code):
+  """All values above 0 of a row whose top is 1."""
+  codes = jnp.arange(1, code.levels + 1, dtype=jnp.int32).astype(code.dtype)
+  return np.asarray(decode(codes[:, None], jnp.ones((code.levels, 1)), code))[:, 0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rounding_is_right_in_the_mean(kind):
-  x, top = values(kind, rows=3, octaves=14.0)
-  found = there_and_back(kind, x, top, 3000)
-  z = (found.mean(0) - x) / (found.std(0) / 3000**0.5 + 1e-4 * np.abs(x))
-  assert np.abs(z).max() < 5 and abs(z.mean()) < 0.2
+@pytest.mark.parametrize("name", CODES)
+def test_levels(name):
+  """8 an octave down from the top, none further from its neighbour than an eighth; what is a level stays."""
+  code = CODES[name]
+  values = levels(code)
+  assert values[-1] == 1 and np.all(values[8:] == 2 * values[:-8])
+  steps = values[1:] / values[:-1]
+  assert 1.066 < steps.min() and steps.max() <= 1.125
+  assert values[0] == dict(first=1.25 * 2.0**-16, second=1.25 * 2.0**-32)[name]
+  for top in (1.0, 2.0**-20, 0.7, 3e9):
+    x = jnp.asarray(values * np.float32(top))[:, None]
+    tops = jnp.full(x.shape, top, jnp.float32)
+    if name == "first":
+      x, tops = jnp.concatenate([x, -x]), jnp.concatenate([tops, tops])
+    codes = encode(x, tops, code, words(3))
+    np.testing.assert_allclose(decode(codes, tops, code), x, rtol=0 if np.log2(top) % 1 == 0 else 3e-7)
+    assert len(np.unique(codes)) == len(x)
 
 
-def test_nothing_and_next_to_nothing():
-  top = np.array([2.0, 0.0], np.float32)
-  x = np.zeros((2, 4), np.float32)
-  x[0] = 0.0, 1e-30, 1.9, 2.0
-  chance = np.full(x.shape, 2**16 - 1, np.uint32)  # of which nothing is rounded up
-  nu = np.asarray(eightbit.encode(x, top, chance, "nu"))
-  assert nu.tolist() == [[0, 1, 254, 255], [0] * 4], "what is divided by stays above 0, and 0 alone is 0"
-  mu = np.asarray(eightbit.encode(-x, top, chance, "mu"))
-  assert mu.tolist() == [[0, 0, -126, -127], [0] * 4]
-  low = there_and_back("mu", np.full((1, 1), 2e-5, np.float32), top[:1], 4000)  # a little below the lowest level
-  assert set(np.unique(low > 0)) == {False, True} and low.mean() == pytest.approx(2e-5, rel=0.1)
+@pytest.mark.parametrize("name", CODES)
+def test_rounding_is_to_a_neighbour_and_its_mean_is_the_value(name):
+  code, n = CODES[name], 600
+  values = levels(code)
+  rng = np.random.default_rng(1)
+  x = np.exp2(-rng.uniform(0, 14, (16, 128))).astype(np.float32)
+  if name == "first":
+    x[:4] *= 2.0**-4  # some below the lowest level: there 0 is the neighbour
+    x *= rng.choice([-1, 1], x.shape)
+  top = jnp.ones((16, 1))
+  draws = jax.jit(
+    lambda: jax.lax.map(lambda i: eightbit.decode(eightbit.encode(x, top, code, words(i)), top, code), jnp.arange(n))
+  )()
+  low = np.concatenate([[0], values])[np.searchsorted(values, np.abs(x), side="right")]
+  high = values[np.minimum(np.searchsorted(values, np.abs(x), side="right"), code.levels - 1)]
+  size = np.abs(draws)
+  assert np.all((size == low) | (size == high)) and np.all((draws == 0) | (np.sign(draws) == np.sign(x)))
+  apart = np.abs(np.mean(np.asarray(draws, np.float64), 0) - x) / (high - low + 1e-30)
+  assert apart.max() < 5 * 0.5 / np.sqrt(n)  # five deviations of the mean of n draws that are at most half a level off
+  assert np.sqrt(np.mean(apart**2)) > 0.2 / np.sqrt(n)  # and they are drawn
 
 
-def run(grads, seed_leaf="a", b2=0.999, tx=None):
-  """Returns updates and the last state of a leaf [8, 640] for the gradients [steps, 8, 640]."""
-  tx = tx or eightbit.scale_by_adam(0.9, b2, 1e-8)
-  state = tx.init({seed_leaf: jnp.zeros(grads.shape[1:])})
-  step = jax.jit(lambda g, s: tx.update({seed_leaf: g}, s))
-  out = []
-  for g in grads:
-    u, state = step(g, state)
-    out.append(np.asarray(u[seed_leaf]))
-  return np.stack(out), state
+def test_only_zero_is_zero():
+  x = jnp.asarray([[1.0, 0.0, 1e-12, 1e-30, 2.0**-31.9, 0.3]])
+  codes = encode(x, jnp.ones((1, 1)), eightbit.SECOND, words(0))
+  assert codes[0].tolist()[:5] == [255, 0, 1, 1, 1]
+  first = encode(-x, jnp.ones((1, 1)), eightbit.FIRST, words(0))
+  assert first[0].tolist()[:5] == [-127, 0, 0, 0, 0]
+  for code in CODES.values():
+    for top in (0.0, 1e-40, 1e-37):
+      got = decode(encode(x * 0, jnp.full((1, 1), top), code, words(0)), jnp.full((1, 1), top), code)
+      assert np.all(np.asarray(got) == 0)
+  small = encode(jnp.full((1, 6), 2e-38), jnp.full((1, 1), 2e-38), eightbit.SECOND, words(0))
+  assert np.all(np.asarray(small) > 0)
 
 
-def noise(steps, seed=0):
-  rng = np.random.default_rng(seed)
-  size = np.exp(rng.normal(size=(8, 640)) * 2)
-  return (rng.normal(size=(steps, 8, 640)) * size + 0.5 * size).astype(np.float32)
+@pytest.mark.parametrize("name", CODES)
+def test_what_a_rounding_puts_above_the_top_has_its_level(name):
+  code, x = CODES[name], jnp.full((512, 128), 1.0001, jnp.float32)
+  assert np.all(np.asarray(encode(x, jnp.ones((512, 1)), code, words(0))) == code.levels)
 
 
-def test_a_second_moment_falls_as_it_should():
-  """3000 steps without a gradient: 0.999^3000 is a twentieth. Rounded to the nearest it would not fall at all."""
-  grads = np.concatenate([noise(30), np.zeros((3000, 8, 640), np.float32)])
-  tx = eightbit.scale_by_adam(0.9, 0.999, 1e-8)
-  fall = jax.jit(lambda s: jax.lax.fori_loop(0, 3000, lambda _, s: tx.update({"a": jnp.zeros((8, 640))}, s)[1], s))
-  _, state = run(grads[:30])
-  before, state = np.asarray(eightbit.decode(state.nu["a"], state.nu_top["a"], "nu")), fall(state)
-  after = np.asarray(eightbit.decode(state.nu["a"], state.nu_top["a"], "nu"))
-  assert (after / before).mean() == pytest.approx(0.999**3000, rel=0.02)
-  assert int(state.count) == 3030
+def test_a_second_moment_decays_beside_a_large_one():
+  """A thousandth a step, which is a hundredth of a level; nothing else holds back the mean."""
+  shape = (32, 128)
+  tx = eightbit.scale_by_adam_8bit(0.9, 0.999, 1e-8, {"a": 0})
+  still = jnp.zeros(shape).at[:, 0].set(1.0)
+  start = dict(a=jnp.asarray(np.random.default_rng(0).uniform(0.1, 0.4, shape), jnp.float32).at[:, 0].set(1.0))
+  state = tx.update(start, tx.init(start))[1]
+  value = lambda s: np.asarray(decode(s.nu["a"], s.nu_top["a"], eightbit.SECOND))[:, 1:]
+  state_after = jax.jit(lambda s: jax.lax.fori_loop(0, 1000, lambda i, s: tx.update(dict(a=still), s)[1], s))(state)
+  ratio = value(state_after) / value(state)
+  assert abs(ratio.mean() / 0.999**1000 - 1) < 0.03, ratio.mean()
+  # to the nearest level, it would be what it was
+  at = levels(eightbit.SECOND)
+  assert np.all(at[np.argmin(np.abs(0.999 * at[:, None] - at), 1)] == at)
 
 
-def test_updates_follow_those_of_adam():
-  grads = noise(300)
-  found, _ = run(grads)
-  want, _ = run(grads, tx=optax.scale_by_adam())
-  np.testing.assert_allclose(found[0], want[0], rtol=1e-5, atol=1e-7)  # nothing was rounded before the first
-  assert np.abs(found).max() < 12, "nowhere is a moment divided by one that was lost"
-  # v is right in the mean and 1 / sqrt(v) a little more than that: 3/8 of the variance of v, which is 4 %
-  assert found[100:].mean() == pytest.approx(want[100:].mean(), rel=0.025)
-  error = found[100:] - want[100:]
-  assert np.sqrt(np.mean(error**2)) < 0.18 * np.sqrt(np.mean(want[100:] ** 2))
-  corr = np.corrcoef(error[:-1].ravel(), error[1:].ravel())[0, 1]
-  assert corr < 0.95, "the errors are of each step's own rounding"
-
-
-def test_each_step_and_each_leaf_has_its_own_chances():
-  tx = eightbit.scale_by_adam(0.9, 0.999, 1e-8)
-  g = jnp.asarray(np.full((64, 128), 0.3, np.float32))
-  grads = {"a": g.at[:, 0].set(1.0), "b": g.at[:, 0].set(1.0)}
-  state = tx.init(grads)
-  step = jax.jit(lambda s: tx.update(grads, s)[1])
-  one = step(state)
-  other = step(state._replace(count=state.count + 1))
-  share = lambda x, y: float(np.mean(np.asarray(x) != np.asarray(y)))
-  assert share(one.nu["a"], one.nu["b"]) > 0.1 and share(one.mu["a"], one.mu["b"]) > 0.1
-  assert share(one.nu["a"], other.nu["a"]) > 0.05
-  np.testing.assert_array_equal(one.mu["a"], step(state).mu["a"])
-
-
-# ---- in the optimizer and in the step
-
-
-@pytest.fixture
-def small(monkeypatch):
-  monkeypatch.setattr(eightbit, "FEWEST", 300)  # of the toy's leaves some are above
-
-
-def made(shapes, axes, **numbers):
+def make(shapes, axes, **numbers):
   flags = trees.trainable(((".*", True),), shapes, axes)
-  how = {**NUMBERS, "name": "adamw_8bit", **numbers}
-  return optimizer.make(**how, shapes=shapes, axes=axes, trainable=flags)[0]
+  return optimizer.make(**{**NUMBERS, **numbers}, shapes=shapes, axes=axes, trainable=flags)[0]
 
 
-def test_bytes_of_the_state():
-  leaf = lambda *s: dict(kernel=jax.ShapeDtypeStruct(s, jnp.bfloat16))
-  shapes = dict(layers=dict(q=leaf(4, 64, 8, 16), norm=leaf(4, 4096), small=leaf(4, 63, 65)))
-  names = dict(q=("embed", "heads", "head_dim"), norm=(None,), small=("embed", "mlp"))
-  axes = dict(layers={k: dict(kernel=("layers", *v)) for k, v in names.items()})
-  state = jax.tree_util.tree_leaves_with_path(jax.eval_shape(made(shapes, axes).init, shapes))
-  of = lambda name: sorted((x.dtype.name, x.shape) for k, x in state if f"'{name}'" in jax.tree_util.keystr(k))
-  whole, rows = (4, 64, 8, 16), (4, 64, 8)
-  assert of("q") == [("float32", rows), ("float32", rows), ("int8", whole), ("uint8", whole)]
-  for name, shape in (("norm", (4, 4096)), ("small", (4, 63, 65))):
-    assert of(name) == [("float32", shape)] * 2, "vectors, and matrices of fewer than 4,096 entries, stay float32"
+@functools.lru_cache
+def losses(name, b2, steps=400):
+  """Losses of a linear map [64, 128], learned by batches of 32 rows with some noise; averages of 20 steps."""
+  rng = np.random.default_rng(2)
+  w = dict(w=jnp.asarray(rng.normal(size=(64, 128)) * np.exp(rng.normal(size=(64, 1))), jnp.float32))
+  start = jax.tree.map(jnp.zeros_like, w)
+  tx = make(w, dict(w=("embed", "mlp")), name=name, lr=0.15, b1=0.9, b2=b2, schedule="linear", steps=steps)
+
+  def one(carry, t):
+    params, state = carry
+    x = jax.random.normal(jax.random.fold_in(jax.random.key(3), t), (32, 64))
+    y = x @ w["w"] + jax.random.normal(jax.random.fold_in(jax.random.key(4), t), (32, 128))
+    loss, grads = jax.value_and_grad(lambda p: jnp.mean((x @ p["w"] - y) ** 2))(params)
+    updates, state = tx.update(grads, state, params, step=t)
+    return (jax.tree.map(jnp.add, params, updates), state), loss
+
+  (_, state), found = jax.jit(lambda c: jax.lax.scan(one, c, jnp.arange(steps)))((start, tx.init(start)))
+  return np.asarray(found).reshape(-1, 20).mean(1), trees.nbytes(state) / trees.count(w)
 
 
-def test_training_goes_as_with_adamw(small):
-  batches = [toy.batch(i) for i in range(40)]
-  how = dict(lr=1e-2, b1=0.9, b2=0.999, decay=0.01, steps=100)
-  ours, theirs = (Run(numbers={**how, "name": n}) for n in ("adamw_8bit", "adamw"))
-  assert any(x.dtype == jnp.uint8 for x in jax.tree.leaves(ours.state.opt))
-  a, b = ([m["loss"] for m in r.go(*batches)[0]] for r in (ours, theirs))
-  np.testing.assert_allclose(a, b, rtol=0.03)
-  assert a[-1] < a[0] - 0.05
+@pytest.mark.parametrize("b2", [0.98, 0.999])
+def test_it_learns_as_adamw_does(b2):
+  """From a loss of 195 to 1.07, of which 1 is noise. Measured: 0.011 and 0.025 apart, 0.001 and 0.007 in the end."""
+  (want, size), (got, small) = losses("adamw", b2), losses("adamw_8bit", b2)
+  assert want[-1] < 0.01 * want[0]
+  np.testing.assert_allclose(got, want, rtol=0.04)
+  np.testing.assert_allclose(got[-1], want[-1], rtol=0.015)
+  assert size > 8 and small < 2.1
 
 
-def test_the_mesh_does_not_change_the_codes(small):
-  batches = [toy.batch(i) for i in range(4)]
-  how = dict(name="adamw_8bit")
-  one, many = Run(numbers=how), Run(mesh=(2, 2, 2), numbers=how)
-  one.go(*batches), many.go(*batches)
-  places = [str(x.sharding.spec) for x in jax.tree.leaves(many.state.opt) if x.dtype == jnp.uint8]
-  assert places and all("fsdp" in p for p in places), "codes lie where their parameter lies"
-  differ = total = 0
-  for x, y in zip(jax.tree.leaves(one.state.opt), jax.tree.leaves(many.state.opt), strict=True):
-    if x.dtype in (jnp.int8, jnp.uint8):
-      off = np.abs(np.asarray(x, np.int32) - np.asarray(y, np.int32))
-      assert off.max() <= 1  # gradients are summed in another order, which can tip a chance
-      differ, total = differ + int((off > 0).sum()), total + off.size
-  assert total > 1000 and differ < 0.005 * total
+SIZES = dict(
+  embed=dict(embedding=(64, 1280)),
+  side=dict(layers=dict(wi=dict(kernel=(2, 1280, 256)), norm=dict(scale=(2, 1280)), small=dict(kernel=(2, 63, 65)))),
+)
+AXES = dict(
+  embed=dict(embedding=("vocab", "embed")),
+  side=dict(
+    layers=dict(
+      wi=dict(kernel=("layers", "embed", "mlp")),
+      norm=dict(scale=("layers", None)),
+      small=dict(kernel=("layers", None, None)),
+    )
+  ),
+)
+CODED = {"embed/embedding", "side/layers/wi/kernel"}
 
 
-def test_no_codes_are_gathered():
-  """The update of sharded moments moves tops between devices, and nothing of a parameter's size."""
-  mesh = sharding.make_mesh(dict(data=1, fsdp=4, tensor=2), jax.devices())
-  shapes = dict(layers=dict(wi=dict(kernel=jax.ShapeDtypeStruct((2, 256, 512), jnp.float32))))
-  axes = dict(layers=dict(wi=dict(kernel=("layers", "embed", "mlp"))))
-  tx, places = made(shapes, axes, clip=0.0), sharding.leaf_shardings(mesh, RULES, axes, shapes)
-  opt = jax.eval_shape(tx.init, shapes)
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  state, leaf = jax.tree.map(place, opt, sharding.like(opt, shapes, places)), jax.tree.map(place, shapes, places)
-  run = jax.jit(lambda g, s, p: tx.update(g, s, p, step=jnp.int32(3)))
-  text = run.lower(leaf, state, leaf).compile().as_text()
-  assert "all-gather" not in text and "all-to-all" not in text
-  assert "all-reduce" in text, "of the tops, where a row lies on several devices"
+def tree(seed):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda s: rng.normal(size=s).astype(np.float32), SIZES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def depths():
+  return {p: 2 if "layers" in p else 0 for p in trees.flatten(tree(0))}
+
+
+def test_a_byte_for_each_moment_of_what_is_large_and_float32_for_the_rest():
+  state = jax.eval_shape(make(tree(0), AXES, name="adamw_8bit").init, tree(0))[0]
+  tops = lambda t: {p: x.shape for p, x in trees.flatten(t).items()}
+  assert tops(state.mu_top) == tops(state.nu_top)
+  assert tops(state.mu_top) == {p: (*trees.flatten(tree(0))[p].shape[:-1], 1) for p in CODED}
+  for moment, dtype in ((state.mu, "int8"), (state.nu, "uint8")):
+    for path, x in trees.flatten(moment).items():
+      assert x.shape == trees.flatten(tree(0))[path].shape
+      assert x.dtype == (dtype if path in CODED else "float32"), path
+  assert trees.nbytes([state.mu["embed"], state.nu["embed"]]) == 2 * 64 * 1280
+
+
+def test_small_leaves_and_first_updates_are_those_of_adam():
+  """Bit for bit; the first update of a leaf with codes too, since it follows from moments that are not yet rounded."""
+  ours, adam = eightbit.scale_by_adam_8bit(0.9, 0.99, 1e-6, depths()), optax.scale_by_adam(0.9, 0.99, 1e-6)
+  a, b = ours.init(tree(0)), adam.init(tree(0))
+  for t in range(3):
+    (u, a), (want, b) = ours.update(tree(t), a), adam.update(tree(t), b)
+    for path, x in trees.flatten(u).items():
+      if path not in CODED or t == 0:
+        np.testing.assert_array_equal(x, trees.flatten(want)[path], err_msg=path)
+      else:
+        assert 0.01 < np.std(x - trees.flatten(want)[path]) < 0.2, path
+  for path in set(depths()) - CODED:
+    np.testing.assert_array_equal(trees.flatten(a.nu)[path], trees.flatten(b.nu)[path])
+  assert a.count == b.count == 3
+
+
+def test_leaves_moments_and_steps_have_bits_of_their_own():
+  same = np.exp2(np.random.default_rng(0).uniform(0, 3, (64, 128))).astype(np.float32)
+  same[:, 0] = 16
+  tx = eightbit.scale_by_adam_8bit(0.5, 0.5, 1e-8, {"a": 0, "b": 0})
+  first = tx.init(dict(a=same, b=same))
+  ups = {}
+  for t in range(2):
+    state = tx.update(dict(a=same, b=same), first._replace(count=jnp.int32(t)))[1]
+    for name in "ab":
+      for kind, x, top, code, exact in (
+        ("mu", state.mu, state.mu_top, eightbit.FIRST, same / 2),
+        ("nu", state.nu, state.nu_top, eightbit.SECOND, same**2 / 2),
+      ):
+        ups[t, name, kind] = (np.asarray(decode(x[name], top[name], code)) > exact).ravel()
+  keys = list(ups)
+  for i, a in enumerate(keys):
+    for b in keys[:i]:
+      assert abs(np.corrcoef(ups[a], ups[b])[0, 1]) < 0.5, (a, b)  # the same chances alone make it a third
+  chance = lambda kind: np.mean([x for key, x in ups.items() if key[-1] == kind], 0)
+  assert abs(np.corrcoef(ups[0, "a", "mu"] - chance("mu"), ups[0, "a", "nu"] - chance("nu"))[0, 1]) < 0.05
+
+
+@functools.lru_cache
+def on_mesh(fsdp, tensor):
+  """(program, states after each of 3 steps) on a mesh."""
+  mesh = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor])
+  places = sharding.leaf_shardings(mesh, dict(embed="fsdp", mlp="tensor", vocab="tensor"), AXES, tree(0))
+  tx = eightbit.scale_by_adam_8bit(0.9, 0.99, 1e-6, depths())
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree(0))
+  abstract = step.abstract_state(shapes, places, tx, trees.trainable(((".*", True),), shapes, AXES)).opt
+  held = step.shardings_of(abstract)
+  update = jax.jit(tx.update, in_shardings=(places, held), out_shardings=(places, held))
+  update = update.lower(shapes, abstract).compile()
+  state, out = jax.jit(tx.init, out_shardings=held)(tree(0)), []
+  for t in range(3):
+    state = update(jax.device_put(tree(t), places), state)[1]
+    out.append(jax.device_get(state))
+  return update.as_text(), out, state
+
+
+def test_devices_do_not_change_the_codes_and_send_a_number_a_row():
+  (_, want, _), (text, got, state) = on_mesh(1, 1), on_mesh(4, 2)
+  for a, b in zip(want, got):
+    for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b)):
+      np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+  assert not re.findall(r"all-gather|all-to-all|collective-permute|reduce-scatter", text)
+  sent = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
+  sizes = [np.prod([int(n) for n in x.split(",")]) for one in sent for x in re.findall(r"f32\[([\d,]*)\]", one)]
+  assert sent and set(sizes) <= {64 // 2, 2 * 1280 // 4}, sent  # rows a device: of the embedding, of the kernel
+  for moments, last in (((state.mu, state.nu), ("fsdp", "tensor")), ((state.mu_top, state.nu_top), (None, None))):
+    for moment in moments:
+      assert tuple(moment["embed"]["embedding"].sharding.spec) == ("tensor", last[0])
+      assert tuple(moment["side"]["layers"]["wi"]["kernel"].sharding.spec) == (None, "fsdp", last[1])
+
+
+def test_a_restart_changes_nothing(tmp_path):
+  tx = make(tree(0), AXES, name="adamw_8bit", clip=1.0, decay=0.1)
+  update = jax.jit(lambda g, s, p, t: tx.update(g, s, p, step=t))
+
+  def go(params, state, first, last):
+    for t in range(first, last):
+      updates, state = update(tree(t), state, params, jnp.int32(t))
+      params = jax.tree.map(jnp.add, params, updates)
+    return dict(params=params, opt=state)
+
+  start = jax.tree.map(jnp.asarray, tree(9))
+  half = go(start, tx.init(start), 0, 2)
+  keeper = checkpoint.Checkpointer(str(tmp_path), keep=1, best="", mode="min", facts={})
+  keeper.save(2, half, metrics={}, extra={})
+  keeper.wait()
+  read, _ = keeper.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), half))
+  keeper.close()
+  want, got = go(**rename(half), first=2, last=4), go(**rename(read), first=2, last=4)
+  for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+    assert a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def rename(kept):
+  return dict(params=kept["params"], state=kept["opt"])
+
+
+def test_the_numbers_may_be_traced():
+  """As a search over them has it: the state is that of plain numbers."""
+  params = dict(w=np.asarray(tree(0)["embed"]["embedding"]))
+
+  def run(b1, b2, eps):
+    tx = make(params, dict(w=("vocab", "embed")), name="adamw_8bit", b1=b1, b2=b2, eps=eps)
+    state = tx.init(params)
+    for t in range(2):
+      updates, state = tx.update(params, state, params, step=t)
+    return updates, state
+
+  want = jax.jit(lambda: run(0.9, 0.99, 1e-6))()
+  got = jax.jit(run)(jnp.float32(0.9), jnp.float32(0.99), jnp.float32(1e-6))
+  np.testing.assert_allclose(got[0]["w"], want[0]["w"], rtol=1e-4)
+  apart = np.abs(np.asarray(got[1][0].nu["w"], int) - np.asarray(want[1][0].nu["w"], int))
+  assert apart.max() <= 1 and np.mean(apart) < 1e-3

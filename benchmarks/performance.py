@@ -52,6 +52,7 @@ def peers() -> str:
   cases, out, lost, others = {}, [], [], set()
   for file, of in found:
     for name, case in of["cases"].items():
+      name = f"{name}, again" if name in cases else name
       cases[name] = case
       lines, slower, versions = beside(name, case)
       out += lines
@@ -72,16 +73,18 @@ def beside(name: str, case: dict) -> tuple[list[str], list[str], set[str]]:
   ratios, rows, lost, others = case["summary"][OURS].get("ratio", {}), [], [], set()
   adapters = case.get("lora", 0)
   called = {n: x.replace("Trainer", "Trainer, PEFT") if adapters else x for n, x in NAMES.items()}
+  size = case["summary"][OURS]["parameters"] / 1e6
   for side, s in case["summary"].items():
+    own = s["parameters"] / 1e6
+    odd = f" ({own:,.1f} M)" if abs(own / size - 1) > 0.05 else ""
     rows.append((
-      called[side], f"{s['tokens_per_second']:,.0f}", f"{s['examples_per_second']:.1f}",
+      called[side] + odd, f"{s['tokens_per_second']:,.0f}", f"{s['examples_per_second']:.1f}",
       f"{s['seconds_per_step']:.2f}", f"{s['real_share_of_places']:.0%}", f"{s['peak_mib']:,}",
       f"{s['warm_seconds']:.0f}", ratio(ratios[side]) if side in ratios else ""))  # fmt: skip
     own = case["rounds"][side][0].get("versions")
     others |= {f"{NAMES[side]} with {', '.join(f'{k} {v}' for k, v in own.items())}"} if own else set()
     if side in ratios and ratios[side]["median"] < 1:
       lost.append(f"{called[side]} on {name} (jaxft does {ratio(ratios[side])} of its tokens)")
-  size = case["summary"][OURS]["parameters"] / 1e6
   rank = f", adapters of rank {adapters} on all linear layers" if adapters else ""
   head = f"**{name}**, {case['kind']}, {size:,.1f} M parameters{rank}, {case['examples']} examples a step:"
   header = ("", "tokens/s", "examples/s", "s/step", "real", "peak MiB", "warm-up s", "jaxft / it")

@@ -77,15 +77,12 @@ class Model:
   mesh: jax.sharding.Mesh
   rules: dict
   trained: trees.Rules  # what of `skeleton` is trained
+  shardings: Any  # of the parameters of `skeleton`
 
   @property
   def trainable(self) -> Any:
     """The flags of what is trained, see trees.trainable."""
     return trees.trainable(self.trained, self.skeleton.shapes, self.skeleton.axes)
-
-  @property
-  def shardings(self) -> Any:
-    return self.of(self.skeleton)
 
   def of(self, skeleton: registry.Skeleton) -> Any:
     """Returns the shardings of the parameters of one of its skeletons."""
@@ -98,7 +95,7 @@ def whole(m: Model, params: Any) -> tuple[Model, Any]:
     return m, params
   scale = m.skeleton.lora.scale
   merged = jax.jit(lambda p: lora.merged(p, scale), out_shardings=m.of(m.merged))(params)
-  return dataclasses.replace(m, skeleton=m.merged), merged
+  return dataclasses.replace(m, skeleton=m.merged, shardings=m.of(m.merged)), merged
 
 
 def locate(name: str) -> pathlib.Path:
@@ -207,9 +204,10 @@ def make(c: Reader, s: Source, want: registry.Wanted | None, devices: Sequence[j
   plain = registry.skeleton(skeleton.json, **{**how, "remat": "none", "attention": "dense"})
   again = registry.skeleton(skeleton.json, **{**how, "attention": "dense"})
   here = s.folder or (s.home / FOLDER if s.home else None)
+  shardings = sharding.leaf_shardings(mesh, rules, skeleton.axes, skeleton.shapes)
   return Model(
-    here, s.adapter, s.base, s.tokens_folder, skeleton, stored, merged, plain, again, s.tokenizer, mesh, rules, trained
-  )
+    here, s.adapter, s.base, s.tokens_folder, skeleton, stored, merged, plain, again, s.tokenizer, mesh, rules, trained,
+    shardings)  # fmt: skip
 
 
 def _named(init: str) -> str:

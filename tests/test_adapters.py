@@ -174,10 +174,10 @@ def test_training_goes_on_from_an_adapter_folder(folder, finished):
 def test_where_no_one_else_has_the_base(folder):
   c = given(folder)
   assert modeling.unshared(make(c)) == ""
-  c.task.kind, c.task.target, c.model.head.width = "classify", "", 7
+  c.task.kind, c.task.target, c.model.head.width = "classify", "", 16
   reader = Reader(config.check(c))
   source = modeling.source(reader)
-  m = modeling.make(reader, source, modeling.wanted("classify", source.json, ("a", "b"), multi=False, mlp=(7, "tanh")))
+  m = modeling.make(reader, source, modeling.wanted("classify", source.json, ("a", "b"), multi=False, mlp=(16, "tanh")))
   assert "its head is not one" in modeling.unshared(m)
   flags = trees.flatten(m.trainable)
   assert all(np.any(flags[p]) == (p.startswith("head/") or "/lora_" in p) for p in flags), "a new head learns"

@@ -194,7 +194,7 @@ def decoder(c: Reader, devices: Sequence[Any], *, batch: int, length: int, new_t
     what = registry.KINDS[m.skeleton.kind]
     raise InputError(f"plan: --decode is for models that write text; the head of this one is for {what}.")
   how = options.read(m.skeleton.generation, m.skeleton.generation_config, length=new_tokens, beams=beams)
-  m = dataclasses.replace(m, skeleton=m.merged)
+  m = dataclasses.replace(m, skeleton=m.merged, shardings=m.of(m.merged))
   made = Generator(m.skeleton, None, how, batch=batch, mesh=m.mesh, rules=m.rules)
   weigh = lambda x, s: jax.ShapeDtypeStruct(x.shape, m.skeleton.dtype, sharding=s)
   params = jax.tree.map(weigh, m.skeleton.shapes, m.shardings)

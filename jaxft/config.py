@@ -288,6 +288,13 @@ def differences(c: ConfigDict, other: ConfigDict | None = None) -> dict[str, tup
   }
 
 
+def changed(now: ConfigDict, before: ConfigDict) -> dict[str, tuple[Any, Any]]:
+  """Returns {path: (before, now)} where a run's config is not what it was; a field that an older jaxft did not have is
+  what it was where it has its default."""
+  was, own = dict(flatten(before)), differences(now)
+  return {k: pair for k, pair in differences(now, before).items() if k in was or k in own}
+
+
 def _plain(value: Any) -> Any:
   return json.loads(json.dumps(value, default=lambda v: v.to_dict() if isinstance(v, ConfigDict) else str(v)))
 

@@ -84,7 +84,7 @@ def run(folder: str, dtype: str = "auto") -> tuple[Reader, modeling.Model, check
     raise InputError(
       f"{folder} is not a run folder: it has no config.json and {modeling.FOLDER}/, which training writes at its start."
     )
-  given = config.from_json((home / "config.json").read_text())
+  given = config.check(config.from_json((home / "config.json").read_text()))  # with what older runs had no field for
   if dtype != "auto":
     given.model.dtype = dtype
   try:

@@ -97,9 +97,9 @@ class Journal:
     was, now = there["space"], self._head["space"]
     out = [(k, was.get(k), now.get(k)) for k in {**was, **now} if was.get(k) != now.get(k)]
     read = lambda head: config.from_json(json.dumps(head["config"]))
-    differences = config.differences(read(self._head), read(there))
+    changed = config.changed(read(self._head), read(there))
     free = lambda k: any(k == m or k.startswith(m + ".") for m in MAY_CHANGE)
-    return out + [(k, a, b) for k, (a, b) in differences.items() if not free(k)]
+    return out + [(k, a, b) for k, (a, b) in changed.items() if not free(k)]
 
   def remove(self) -> None:
     self._file.unlink(missing_ok=True)

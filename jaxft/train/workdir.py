@@ -87,7 +87,7 @@ def check_workdir(folder: str | pathlib.Path, config_json: str, may_change: Sequ
       raise StorageError(
         f"{file} is not readable JSON ({e}). Put the run's config back, or give another --workdir."
       ) from e
-    changed = config.differences(config.from_json(config_json), before)
+    changed = config.changed(config.from_json(config_json), before)
     free = {k for k in changed if any(k == m or k.startswith(m + ".") for m in may_change)}
     fixed = [f"  {k}: {_show(was)} there, {_show(now)} now" for k, (was, now) in changed.items() if k not in free]
     if fixed:

@@ -98,6 +98,19 @@ def test_config_of_another_run(tmp_path, caplog):
   workdir.check_workdir(tmp_path, config.to_json(c), may_change=("optimizer", "seed"))
 
 
+def test_a_run_of_an_older_jaxft_goes_on(tmp_path):
+  """A field that it had no word of is no change with its default, and one with any other value."""
+  c = config.base()
+  old = json.loads(config.to_json(c))
+  del old["lora"], old["model"]["frozen_dtype"]
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  workdir.check_workdir(tmp_path, config.to_json(c))
+  c.lora.rank = 3
+  with pytest.raises(InputError, match=r"lora.rank: null there, 3 now") as e:
+    workdir.check_workdir(tmp_path, config.to_json(c))
+  assert "lora.alpha" not in str(e.value)
+
+
 def test_every_name_that_may_change_exists():
   paths = [p for p, _ in config.flatten(config.base())]
   for name in workdir.MAY_CHANGE:

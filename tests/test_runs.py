@@ -1,13 +1,15 @@
 """What marks a run as ended, for those who follow it.
 
-Catches: a run that died for good and is waited for, a finished run that a refused command makes look unfinished.
+Catches: a run that died for good and is waited for, a finished run that a refused command makes look unfinished, a run
+that a newer version cannot read.
 """
 
 import json
+import shutil
 
 import pytest
 
-from jaxft import runs
+from jaxft import config, modeling, runs
 from jaxft.errors import InputError, NumbersError, Preempted, StorageError
 
 
@@ -29,3 +31,14 @@ def test_only_the_main_process_marks(tmp_path):
   with runs.ending(tmp_path, False) as mark:
     mark("done", 7)
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_an_older_jaxft_is_read(tmp_path):
+  c = config.base()
+  c.model.init = "builtin:starter"
+  old = json.loads(config.to_json(c))
+  del old["lora"], old["model"]["frozen_dtype"]
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  shutil.copytree(modeling.locate("builtin:starter"), tmp_path / modeling.FOLDER)
+  given, m, _ = runs.run(str(tmp_path))
+  assert given.lora.rank == 0 and m.skeleton.lora is None
